@@ -1,0 +1,278 @@
+"""Chat templates: prompts to tokens, post-instruction tokens, left-padded batches, generated responses."""
+
+import functools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
+
+import torch
+from jinja2 import TemplateError
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from safesteer.artifacts import fingerprint
+from safesteer.errors import SafeSteerError, one_line
+
+Thinking = Literal["off", "on"]
+
+# Llama-3.1 and later open every system turn with these two lines, the second of which changes daily.
+_DATE_LINES = re.compile(r"Cutting Knowledge Date: [^\n]*\nToday Date: [^\n]*\n\n?")
+_EMPTY_SYSTEM_TURN = re.compile(r"<\|start_header_id\|>system<\|end_header_id\|>\s*<\|eot_id\|>")
+# They end in four different characters, so no token that holds a character of the user's is common to all.
+_PROBES = ("What is the capital of France?", "Write a poem about the sea", "2 + 2 = 4.", "Name a colour: RED")
+
+
+@dataclass(frozen=True, eq=False)
+class Chat:
+    """How prompts are put to a model: one user turn, perhaps a system prompt, the generation prompt added.
+
+    Attributes:
+        tokenizer: With a chat template (see `load_tokenizer`).
+        system_prompt: Put before the user's turn; None leaves it to the template, which may have one of its
+            own.
+        thinking: Whether a model that can think before it answers shall. "off" passes `enable_thinking=False`
+            to a template that knows the variable; Qwen3's then ends with an empty think block.
+        template_kwargs: More variables for the template; they win over `thinking`.
+        drop_date_lines: Leave out the "Cutting Knowledge Date" and "Today Date" lines of Llama-3.1 and later,
+            as the authors do (method §4), and the system turn with them when nothing else is in it.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    system_prompt: str | None = None
+    thinking: Thinking = "off"
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    drop_date_lines: bool = True
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of what decides how a prompt is rendered and tokenised."""
+        tokenizer = self.tokenizer
+        return fingerprint(
+            {
+                "template": tokenizer.get_chat_template(),
+                "vocabulary": sorted(tokenizer.get_vocab().items()),
+                "system_prompt": self.system_prompt,
+                "thinking": self.thinking,
+                "template_kwargs": {name: repr(value) for name, value in self.template_kwargs.items()},
+                "drop_date_lines": self.drop_date_lines,
+            }
+        )
+
+    def messages(self, prompt: str) -> list[dict[str, str]]:
+        """Return the conversation that asks `prompt`: the system turn if there is one, and the user's."""
+        system = [] if self.system_prompt is None else [{"role": "system", "content": self.system_prompt}]
+        return [*system, {"role": "user", "content": prompt}]
+
+    def render(self, prompt: str) -> str:
+        """Return the text whose continuation is the model's response.
+
+        Raises:
+            SafeSteerError: If the chat template is faulty or refuses the system prompt.
+        """
+        template = self.tokenizer.get_chat_template()
+        variables: dict[str, Any] = {}
+        if re.search(r"\benable_thinking\b", template):
+            variables["enable_thinking"] = self.thinking == "on"
+        variables.update(self.template_kwargs)
+        try:
+            text = self.tokenizer.apply_chat_template(
+                self.messages(prompt), tokenize=False, add_generation_prompt=True, **variables
+            )
+        except (TemplateError, ValueError, TypeError) as error:
+            remedy = "fix the template" if self.system_prompt is None else "leave the system prompt out"
+            raise SafeSteerError(
+                f"the chat template of {_name(self.tokenizer)} cannot render a prompt ({one_line(error)}); "
+                f"{remedy} or give another with --chat-template."
+            ) from error
+        return self._without_date_lines(cast(str, text), template)
+
+    def encode(self, prompts: Sequence[str], *, max_length: int | None = None) -> list[list[int]]:
+        """Render and tokenise prompts, without adding a second beginning-of-sequence token.
+
+        Args:
+            prompts: The users' texts.
+            max_length: In tokens, the template's included. A longer prompt loses the end of the user's text,
+                never the template around it.
+
+        Returns:
+            Token ids per prompt, unpadded.
+
+        Raises:
+            SafeSteerError: If `max_length` leaves no room for any of the user's text.
+        """
+        if not prompts:
+            return []
+        ids = self._tokenize([self.render(prompt) for prompt in prompts])
+        if max_length is None:
+            return ids
+        return [
+            row if len(row) <= max_length else self._truncated(prompt, max_length)
+            for row, prompt in zip(ids, prompts, strict=True)
+        ]
+
+    @functools.cached_property
+    def post_instruction_ids(self) -> tuple[int, ...]:
+        """The template's tokens after the user's text: where the model has read all of it (method §1).
+
+        Raises:
+            SafeSteerError: If the template adds nothing after the user's text.
+        """
+        rows = self._tokenize([self.render(probe) for probe in _PROBES])
+        common = 0
+        while common < min(map(len, rows)) and len({row[-1 - common] for row in rows}) == 1:
+            common += 1
+        if common == 0:
+            raise SafeSteerError(
+                f"the chat template of {_name(self.tokenizer)} adds no token after the user's text, so there "
+                "is no place to read the model's intention; give a template with a generation prompt with "
+                "--chat-template."
+            )
+        return tuple(rows[0][-common:])
+
+    def _tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        # The template writes the beginning-of-sequence token itself, where there is one.
+        encoding = self.tokenizer(list(texts), add_special_tokens=False, padding=False, truncation=False)
+        return [list(row) for row in cast(list[list[int]], encoding["input_ids"])]
+
+    def _truncated(self, prompt: str, max_length: int) -> list[int]:
+        """Encode the longest beginning of `prompt` that fits, found by bisection over its characters."""
+        fits, too_long = 0, len(prompt)
+        best: list[int] | None = None
+        while too_long - fits > 1:
+            middle = (fits + too_long) // 2
+            row = self._tokenize([self.render(prompt[:middle])])[0]
+            if len(row) <= max_length:
+                fits, best = middle, row
+            else:
+                too_long = middle
+        if best is None:
+            template_length = len(self._tokenize([self.render("")])[0])
+            raise SafeSteerError(
+                f"a prompt of at most {max_length} tokens has no room for the user's text, since the chat "
+                f"template takes {template_length}; raise the maximum prompt length."
+            )
+        return best
+
+    def _without_date_lines(self, text: str, template: str) -> str:
+        if not self.drop_date_lines or "Cutting Knowledge Date" not in template:
+            return text
+        # The first match is the template's own, since it stands before anything a prompt can say.
+        without = _DATE_LINES.sub("", text, count=1)
+        return without if self.system_prompt else _EMPTY_SYSTEM_TURN.sub("", without, count=1)
+
+
+def left_pad(
+    ids: Sequence[Sequence[int]], pad_id: int, device: torch.device | str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Batch rows of token ids so that they all end at the last column.
+
+    Returns:
+        Input ids and attention mask, both [B, T] int64.
+    """
+    width = max((len(row) for row in ids), default=0)
+    input_ids = [[pad_id] * (width - len(row)) + list(row) for row in ids]
+    mask = [[0] * (width - len(row)) + [1] * len(row) for row in ids]
+    shape = (len(ids), width)
+    return (
+        torch.tensor(input_ids, dtype=torch.int64, device=device).reshape(shape),
+        torch.tensor(mask, dtype=torch.int64, device=device).reshape(shape),
+    )
+
+
+def end_of_turn_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Return the token ids that end a response, the tokenizer's and the generation config's, sorted."""
+    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ids = set(configured if isinstance(configured, (list, tuple)) else [configured])
+    return tuple(sorted(int(token) for token in ids | {tokenizer.eos_token_id} if token is not None))
+
+
+def generate(
+    model: PreTrainedModel,
+    chat: Chat,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 32,
+    temperature: float = 0.0,
+    seed: int = 0,
+    max_length: int | None = None,
+) -> list[str]:
+    """Generate one response per prompt with `model.generate`, hooks and adapters in effect.
+
+    The checkpoint's own sampling defaults (top-k, top-p, penalties) are set aside: temperature is all there
+    is. The global random state is left as it was.
+
+    Args:
+        model: A causal language model; it is put in evaluation mode meanwhile.
+        chat: How to ask.
+        prompts: The users' texts.
+        max_new_tokens: Longest response.
+        batch_size: Prompts at a time, of similar length.
+        temperature: 0 is greedy; otherwise pure sampling at that temperature.
+        seed: Of the sampling; the same seed, prompts and batch size give the same responses.
+        max_length: Longest prompt in tokens (see `Chat.encode`).
+
+    Returns:
+        Responses in the order of the prompts, special tokens stripped.
+    """
+    ids = chat.encode(prompts, max_length=max_length)
+    ends = end_of_turn_ids(model, chat.tokenizer)
+    pad_id = chat.tokenizer.pad_token_id
+    if not isinstance(pad_id, int):
+        pad_id = ends[0] if ends else 0
+    config = _generation_config(max_new_tokens, temperature, ends, pad_id)
+    # Longest first: if memory is short, it is so at once.
+    order = sorted(range(len(ids)), key=lambda index: -len(ids[index]))
+    responses = [""] * len(ids)
+    device = model.device
+    was_training = model.training
+    model.train(False)
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
+            torch.manual_seed(seed)
+            for start in range(0, len(order), batch_size):
+                batch = order[start : start + batch_size]
+                input_ids, mask = left_pad([ids[index] for index in batch], pad_id, device)
+                output = model.generate(  # type: ignore[operator]
+                    input_ids=input_ids, attention_mask=mask, generation_config=config
+                )
+                for index, row in zip(batch, output[:, input_ids.shape[1] :].tolist(), strict=True):
+                    responses[index] = _response(chat.tokenizer, row, ends)
+    finally:
+        model.train(was_training)
+    return responses
+
+
+def _generation_config(
+    max_new_tokens: int, temperature: float, ends: tuple[int, ...], pad_id: int
+) -> GenerationConfig:
+    """Configure plain decoding. What is left unset here would be filled in from the checkpoint's defaults."""
+    sampling = temperature > 0
+    return GenerationConfig(  # type: ignore[no-untyped-call]
+        max_new_tokens=max_new_tokens,
+        min_new_tokens=0,
+        do_sample=sampling,
+        temperature=temperature if sampling else 1.0,
+        top_k=0 if sampling else 50,
+        top_p=1.0,
+        typical_p=1.0,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        num_beams=1,
+        num_return_sequences=1,
+        eos_token_id=list(ends) or None,
+        pad_token_id=pad_id,
+        use_cache=True,
+        return_dict_in_generate=False,
+    )
+
+
+def _response(tokenizer: PreTrainedTokenizerBase, ids: list[int], ends: tuple[int, ...]) -> str:
+    """Decode what stands before the first end of turn."""
+    length = next((position for position, token in enumerate(ids) if token in ends), len(ids))
+    return cast(str, tokenizer.decode(ids[:length], skip_special_tokens=True))
+
+
+def _name(tokenizer: PreTrainedTokenizerBase) -> str:
+    return tokenizer.name_or_path or type(tokenizer).__name__

@@ -1,0 +1,88 @@
+"""The prompts a refusal direction is found with: sampled, divided, filtered by refusal score (method §1)."""
+
+from safesteer.direction_scores import refusal_scores
+from safesteer.direction_settings import DirectionSettings
+from safesteer.errors import SafeSteerError
+from safesteer.next_token import NextTokenReader, Progress
+from safesteer.openers import RefusalOpeners
+from safesteer.prompts import PromptSet
+
+_FEWEST_PROMPTS = 8
+_FEWEST_FILTERED = 4
+
+DirectionPrompts = dict[str, tuple[str, ...]]
+"""The four sets by name: train_harmful, validation_harmful, train_harmless, validation_harmless."""
+
+
+def sampled_prompts(harmful: PromptSet, harmless: PromptSet, settings: DirectionSettings) -> DirectionPrompts:
+    """Sample disjoint train and validation sets; small sets are divided in the same proportion."""
+    samples: DirectionPrompts = {}
+    for kind, prompts in (("harmful", harmful), ("harmless", harmless)):
+        train: int = getattr(settings, f"train_{kind}")
+        validation: int = getattr(settings, f"validation_{kind}")
+        available = len(prompts.prompts)
+        if available < _FEWEST_PROMPTS:
+            raise SafeSteerError(
+                f"{prompts.source}: has {available} {kind} prompts, too few to find a refusal direction; "
+                f"give at least {_FEWEST_PROMPTS}, better {train + validation}."
+            )
+        if available < train + validation:
+            train, validation = _divided(available, train, validation)
+        parts = prompts.split(train, validation, seed=settings.seed)
+        samples[f"train_{kind}"], samples[f"validation_{kind}"] = (part.prompts for part in parts)
+    return samples
+
+
+def _divided(total: int, train: int, validation: int) -> tuple[int, int]:
+    """Divide a total in the proportion of two sizes, at least two for validation."""
+    second = min(total - 1, max(2, round(total * validation / (train + validation))))
+    return total - second, second
+
+
+def filtered_prompts(
+    reader: NextTokenReader,
+    samples: DirectionPrompts,
+    openers: RefusalOpeners,
+    settings: DirectionSettings,
+    progress: Progress,
+) -> DirectionPrompts:
+    """Keep harmful prompts with refusal score > 0 and harmless ones with score < 0, train and validation
+    alike.
+
+    Where the filter leaves fewer than 2 in one part of a set but 4 in both, these are divided anew.
+    """
+    if not settings.filter_prompts:
+        return samples
+    used: DirectionPrompts = {}
+    for done, (name, prompts) in enumerate(samples.items(), start=1):
+        scores = refusal_scores(reader, prompts, openers.ids)
+        keep = scores > 0 if name.endswith("harmful") else scores < 0
+        used[name] = tuple(prompt for prompt, kept in zip(prompts, keep.tolist(), strict=True) if kept)
+        progress("filter", done, len(samples))
+    for kind in ("harmful", "harmless"):
+        train, validation = f"train_{kind}", f"validation_{kind}"
+        passed = used[train] + used[validation]
+        if len(passed) < _FEWEST_FILTERED:
+            total = len(samples[train]) + len(samples[validation])
+            raise SafeSteerError(_too_few(kind, len(passed), total, openers))
+        if min(len(used[train]), len(used[validation])) < 2:
+            first, _ = _divided(len(passed), len(samples[train]), len(samples[validation]))
+            used[train], used[validation] = passed[:first], passed[first:]
+    return used
+
+
+def _too_few(kind: str, passed: int, total: int, openers: RefusalOpeners) -> str:
+    texts = ", ".join(map(repr, openers.texts))
+    if kind == "harmful":
+        return (
+            f"{passed} of {total} harmful prompts passed the filter (refusal score > 0: more likely than not "
+            f"the response opens with {texts}), so the model refuses too few of them to show a direction, "
+            f"and at least {_FEWEST_FILTERED} are needed; give harmful prompts that it refuses, check the "
+            "openers (--refusal-token-ids), or switch the filter off (direction.filter_prompts: false) to "
+            "average over prompts that it answers too."
+        )
+    return (
+        f"{passed} of {total} harmless prompts passed the filter (refusal score < 0), so the model opens its "
+        f"responses to nearly all of them with {texts} too, and at least {_FEWEST_FILTERED} are needed; give "
+        "harmless prompts that it answers, or check the openers (--refusal-token-ids)."
+    )

@@ -1,0 +1,247 @@
+"""What a candidate refusal direction does to the model: induction, KL and ablation scores (method §1)."""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from safesteer.next_token import Batch, NextTokenReader, Progress, float64
+from safesteer.steering import ablate_direction, add_vector
+
+Candidate = tuple[int, int]
+"""Layer, and position counted from the end (−1 is the last)."""
+
+
+def refusal_score(logits: Tensor, ids: Sequence[int], epsilon: float = 1e-8) -> Tensor:
+    """Score how much the next token opens a refusal: `log(p + ε) − log(1 − p + ε)` (Arditi et al. 2024,
+    §2.3).
+
+    Args:
+        logits: [B, V], any float dtype.
+        ids: The refusal openers; `p` is their total probability.
+        epsilon: Keeps the logarithms finite.
+
+    Returns:
+        [B] float64 log-odds: above 0 where the model rather refuses.
+    """
+    wide = float64(logits)
+    opening = wide[:, list(dict.fromkeys(ids))]
+    p = (opening.logsumexp(-1) - wide.logsumexp(-1)).exp()
+    return torch.log(p + epsilon) - torch.log(1 - p + epsilon)
+
+
+def refusal_scores(reader: NextTokenReader, prompts: Sequence[str], ids: Sequence[int]) -> Tensor:
+    """Score prompts, in their order.
+
+    Returns:
+        [n] float64, on the CPU.
+    """
+    scores = torch.empty(len(prompts), dtype=torch.float64)
+    for batch in reader.batches(prompts):
+        scores[list(batch.rows)] = refusal_score(reader.logits(batch), ids).cpu()
+    return scores
+
+
+def mean_layer_inputs(
+    reader: NextTokenReader, layers: Sequence[nn.Module], prompts: Sequence[str], positions: int
+) -> Tensor:
+    """Average the residual stream at the layers' inputs over prompts.
+
+    Args:
+        reader: Of the model.
+        layers: Its decoder layers, or the first of them.
+        prompts: Rendered with the reader's chat template.
+        positions: How many of the last positions.
+
+    Returns:
+        [layers, positions, H] float64, on the CPU. Index −1 of the second axis is the last position.
+    """
+    total: Tensor | None = None
+    for batch in reader.batches(prompts):
+        with _recorded_inputs(layers, positions) as inputs:
+            reader.hidden(batch)
+        summed = torch.stack([float64(hidden_BPH).sum(0) for hidden_BPH in inputs])
+        total = summed if total is None else total + summed
+    assert total is not None, "callers check that there are prompts"
+    return total / len(prompts)
+
+
+def kl_divergence(logits: Tensor, other: Tensor) -> Tensor:
+    """KL of next-token distributions, `Σ_v p (log p − log q)`, in float64.
+
+    Args:
+        logits: Of `p`, [B, V].
+        other: Of `q`, [B, V].
+
+    Returns:
+        [B], in nats.
+    """
+    log_p, log_q = float64(logits).log_softmax(-1), float64(other).log_softmax(-1)
+    # A token that a model rules out (−∞) adds nothing, where −∞ − −∞ would make the sum NaN.
+    return (log_p.exp() * (log_p - log_q)).masked_fill(log_p.isneginf(), 0.0).sum(-1)
+
+
+class CandidateScorer:
+    """Scores candidate directions on validation prompts.
+
+    Every score needs one forward pass per prompt and candidate, of which the head sees the last position
+    only. Adding a vector at layer `l` leaves the layers below unchanged, so for induction they are not run
+    again: their outcome is kept from one unsteered pass (method §6.4). Where a model's layers are tied by
+        more than the residual
+    stream, so that resuming in the middle is not the same, whole passes are made instead.
+
+    Args:
+        reader: Of the model.
+        layers: All its decoder layers.
+        ids: The refusal openers.
+        harmful: Validation prompts, for the ablation refusal score.
+        harmless: Validation prompts, for induction and KL.
+
+    Attributes:
+        unsteered: Mean refusal score of the harmless prompts, no vector added.
+    """
+
+    def __init__(
+        self,
+        reader: NextTokenReader,
+        layers: Sequence[nn.Module],
+        ids: Sequence[int],
+        harmful: Sequence[str],
+        harmless: Sequence[str],
+    ) -> None:
+        self._reader = reader
+        self._layers = list(layers)
+        self._ids = tuple(ids)
+        self._harmful = reader.batches(harmful)
+        self._harmless = reader.batches(harmless)
+        # Hidden states rather than logits: V is much larger than H.
+        self._base_hidden = [reader.hidden(batch)[:, -1] for batch in self._harmless]
+        base_scores = [
+            refusal_score(reader.head.logits(hidden), self._ids).cpu() for hidden in self._base_hidden
+        ]
+        self.unsteered = torch.cat(base_scores).mean().item()
+
+    def induction(self, candidates: Mapping[Candidate, Tensor], progress: Progress) -> dict[Candidate, float]:
+        """Mean refusal score of the harmless prompts with `r[i,l]` added at layer `l`'s input, coefficient 1.
+
+        Args:
+            candidates: `r`, [H] each.
+            progress: Told how many steered batches are done.
+        """
+        highest = max((layer for layer, _ in candidates), default=0)
+        resume = _resume_or_none(self._reader, self._layers, highest, self._harmless[0]) if highest else None
+        scores: dict[Candidate, list[Tensor]] = {candidate: [] for candidate in candidates}
+        done = 0
+        for batch in self._harmless:
+            inputs: list[Tensor] = []
+            if resume:
+                with _recorded_inputs(self._layers[: highest + 1]) as inputs:
+                    self._reader.hidden(batch)
+            for candidate, vector in candidates.items():
+                layer = candidate[0]
+                below = resume.at(layer, inputs[layer]) if resume else contextlib.nullcontext()
+                with below, add_vector(self._layers[layer], vector):
+                    scores[candidate].append(refusal_score(self._reader.logits(batch), self._ids).cpu())
+                done += 1
+                progress("induction", done, len(candidates) * len(self._harmless))
+        return {candidate: torch.cat(parts).mean().item() for candidate, parts in scores.items()}
+
+    def kl(self, direction: Tensor) -> float:
+        """Mean KL(base ‖ ablated) of the harmless prompts' next-token distributions, in nats."""
+        parts = []
+        with ablate_direction(self._layers, direction):
+            for batch, base_hidden in zip(self._harmless, self._base_hidden, strict=True):
+                parts.append(
+                    kl_divergence(self._reader.head.logits(base_hidden), self._reader.logits(batch)).cpu()
+                )
+        return torch.cat(parts).mean().item()
+
+    def ablation_refusal(self, direction: Tensor) -> float:
+        """Mean refusal score of the harmful prompts with `r̂ r̂ᵀ` projected out of the residual stream."""
+        parts = []
+        with ablate_direction(self._layers, direction):
+            for batch in self._harmful:
+                parts.append(refusal_score(self._reader.logits(batch), self._ids).cpu())
+        return torch.cat(parts).mean().item()
+
+
+@dataclass(frozen=True)
+class _Resume:
+    """Runs a model from one of its layers on.
+
+    Attributes:
+        layers: All decoder layers.
+        in_tuple: Whether they return their hidden states as the first of a tuple.
+    """
+
+    layers: Sequence[nn.Module]
+    in_tuple: bool = False
+
+    @contextlib.contextmanager
+    def at(self, index: int, hidden_BTH: Tensor) -> Iterator[None]:
+        """Leave out the layers below `index`, and give that layer `hidden_BTH` as its input."""
+        skipped = self.layers[:index]
+        hidden = hidden_BTH.to(next(self.layers[index].parameters()).device)
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return (hidden,) if self.in_tuple else hidden
+
+        own = [layer.__dict__.get("forward") for layer in skipped]
+        for layer in skipped:
+            layer.__dict__["forward"] = forward
+        try:
+            yield
+        finally:
+            for layer, before in zip(skipped, own, strict=True):
+                if before is None:
+                    del layer.__dict__["forward"]
+                else:  # accelerate replaces it too, when it spreads a model over devices
+                    layer.__dict__["forward"] = before
+
+
+def _resume_or_none(
+    reader: NextTokenReader, layers: Sequence[nn.Module], highest: int, batch: Batch
+) -> _Resume | None:
+    """Try, on one prompt, whether resuming at each layer up to `highest` gives what a whole pass gives."""
+    one = replace(batch, rows=batch.rows[:1], input_ids=batch.input_ids[:1], mask=batch.mask[:1])
+    outputs: list[Any] = []
+    handle = layers[0].register_forward_hook(lambda module, args, output: outputs.append(output))
+    try:
+        with _recorded_inputs(layers[: highest + 1]) as inputs:
+            whole = reader.hidden(one)
+    finally:
+        handle.remove()
+    resume = _Resume(layers, in_tuple=isinstance(outputs[0], tuple))
+    for index in range(1, highest + 1):
+        try:
+            with resume.at(index, inputs[index]):
+                resumed = reader.hidden(one)
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+            # A later layer misses what a skipped one would have left for it, shared keys and values for
+            # example.
+            return None
+        if not torch.allclose(resumed, whole, rtol=1e-4, atol=1e-4 * whole.abs().max().item()):
+            return None
+    return resume
+
+
+@contextlib.contextmanager
+def _recorded_inputs(layers: Sequence[nn.Module], positions: int | None = None) -> Iterator[list[Tensor]]:
+    """Keep what the layers read from the residual stream, [B, T, H] each, or the last `positions` of T; on
+    the CPU.
+    """
+    recorded: list[Tensor] = []
+
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden_BTH = args[0] if args else kwargs["hidden_states"]
+        kept = hidden_BTH if positions is None else hidden_BTH[:, -positions:]
+        # A copy even on the CPU, because some layers add to their input in place.
+        recorded.append(kept.detach().to("cpu", copy=True))
+
+    with contextlib.ExitStack() as stack:
+        for layer in layers:
+            stack.callback(layer.register_forward_pre_hook(record, with_kwargs=True).remove)
+        yield recorded

@@ -1,0 +1,162 @@
+"""Next-token distributions after a prompt: the backbone, then the head on the last position alone."""
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from safesteer.chat import Chat, end_of_turn_ids, left_pad
+from safesteer.modeling import backbone, language_head
+
+Progress = Callable[[str, int, int], None]
+"""Called as `progress(what is being done, how many are done, how many there are)`."""
+
+
+def no_progress(doing: str, done: int, total: int) -> None:
+    """Report nothing: what a stage calls when nobody listens."""
+
+
+def float64(tensor: Tensor) -> Tensor:
+    """Widen to float64, on the CPU where the device has none (Apple's)."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module, seed: int = 0) -> Iterator[None]:
+    """Run a block without gradients, without dropout and with a random state of its own, and put all back."""
+    flags = [(module, module.training) for module in model.modules()]
+    device = next((weight.device for weight in model.parameters()), torch.device("cpu"))
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
+        torch.manual_seed(seed)
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, training in flags:
+                module.training = training
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Encoded prompts of similar length.
+
+    Attributes:
+        rows: Which prompts, as indices into the sequence they came from.
+        input_ids: [B, T] int64, left padded.
+        mask: [B, T] int64, 0 on the padding.
+    """
+
+    rows: tuple[int, ...]
+    input_ids: Tensor
+    mask: Tensor
+
+
+class NextTokenReader:
+    """Reads a model's next-token distributions, whatever hooks are on it.
+
+    Only the last position's hidden state meets the head, so no [B, T, V] logits are ever formed (method
+    §6.4).
+
+    Args:
+        model: A causal language model.
+        chat: How prompts are rendered.
+        batch_size: Prompts at a time.
+    """
+
+    def __init__(self, model: PreTrainedModel, chat: Chat, batch_size: int) -> None:
+        self.model = model
+        self.chat = chat
+        self.batch_size = batch_size
+        self.head = language_head(model)
+        self._body = backbone(model)
+        self._takes_positions = "position_ids" in inspect.signature(self._body.forward).parameters
+
+    @property
+    def pad_id(self) -> int:
+        """What fills the left of shorter rows: the tokenizer's padding, else an end of turn; it is masked
+        anyway.
+        """
+        pad_id = self.chat.tokenizer.pad_token_id
+        return pad_id if isinstance(pad_id, int) else next(iter(self.end_ids), 0)
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """The tokens that end a response."""
+        return end_of_turn_ids(self.model, self.chat.tokenizer)
+
+    def batches(self, prompts: Sequence[str]) -> list[Batch]:
+        """Encode prompts, longest first: if memory is short, it is so at once."""
+        ids = self.chat.encode(prompts)
+        order = sorted(range(len(ids)), key=lambda row: -len(ids[row]))
+        batches = []
+        for start in range(0, len(order), self.batch_size):
+            rows = tuple(order[start : start + self.batch_size])
+            batches.append(Batch(rows, *left_pad([ids[row] for row in rows], self.pad_id, self.model.device)))
+        return batches
+
+    def hidden(self, batch: Batch, positions: int = 1) -> Tensor:
+        """Run the backbone.
+
+        Returns:
+            The hidden states of the last `positions` positions, final norm applied, [B, positions, H].
+        """
+        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.mask, "use_cache": False}
+        if self._takes_positions:
+            # As generate() counts them: with learned positions, left padding would otherwise shift a short
+            prompt.inputs["position_ids"] = (batch.mask.cumsum(-1) - 1).clamp(min=0)
+        hidden_BTH: Tensor = self._body(**inputs).last_hidden_state
+        return hidden_BTH[:, -positions:]
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Return the next-token logits, [B, V] in the head's dtype."""
+        return self.head.logits(self.hidden(batch)[:, -1])
+
+    def sample(self, batch: Batch, tokens: int, *, temperature: float = 1.0) -> Tensor:
+        """Continue each prompt by exactly `tokens` tokens, past any end of turn.
+
+        Plain sampling: the checkpoint's own top-k, top-p and penalties are set aside. Temperature 0 is
+        greedy.
+
+        Returns:
+            The new tokens, [B, tokens] int64.
+        """
+        sampling = temperature > 0
+        output: Tensor = self.model.generate(  # type: ignore[operator]
+            input_ids=batch.input_ids,
+            attention_mask=batch.mask,
+            max_new_tokens=tokens,
+            min_new_tokens=0,
+            do_sample=sampling,
+            temperature=temperature if sampling else 1.0,
+            top_k=0 if sampling else 50,
+            top_p=1.0,
+            typical_p=1.0,
+            repetition_penalty=1.0,
+            no_repeat_ngram_size=0,
+            num_beams=1,
+            num_return_sequences=1,
+            # As an argument, unlike in a GenerationConfig, None means none and not the checkpoint's own.
+            eos_token_id=None,
+            pad_token_id=self.pad_id,
+            use_cache=True,
+            return_dict_in_generate=False,
+        )
+        return output[:, batch.input_ids.shape[1] :]
+
+
+def mean_probabilities(reader: NextTokenReader, prompts: Sequence[str]) -> Tensor:
+    """Average the next-token distribution over prompts.
+
+    Returns:
+        [V] float64, on the CPU.
+    """
+    total: Tensor | None = None
+    for batch in reader.batches(prompts):
+        summed = torch.softmax(float64(reader.logits(batch)), dim=-1).sum(0).cpu()
+        total = summed if total is None else total + summed
+    assert total is not None, "callers check that there are prompts"
+    return total / len(prompts)

@@ -1,0 +1,133 @@
+"""The stages before training, each computed once and kept: refusal direction and safety tokens.
+
+A stage's artifact carries the fingerprint of everything it depends on: the stage's settings, the model, the chat
+format, the prompts, and the artifact before it. An artifact with the same fingerprint is loaded instead of computed,
+any other is computed anew.
+"""
+
+import math
+import time
+from pathlib import Path
+
+from safesteer.artifacts import read_json
+from safesteer.direction import RefusalDirection, direction_fingerprint, find_refusal_direction
+from safesteer.errors import SafeSteerError
+from safesteer.safety_tokens import SafetyTokens, find_safety_tokens, safety_tokens_fingerprint
+from safesteer.workspace import Workspace
+
+DIRECTION_FILE = "direction.json"
+TOKENS_FILE = "safety_tokens.json"
+
+
+def direction_stage(work: Workspace) -> RefusalDirection:
+    """Load the run's refusal direction if its inputs are unchanged, else find and save it (method §1)."""
+    settings = work.settings.direction
+    prompts = (work.direction_harmful, work.harmless)
+    wanted = direction_fingerprint(work.model_fingerprint, work.chat, *prompts, settings)
+    started = time.monotonic()
+    kept = is_current(work, work.folder / DIRECTION_FILE, wanted)
+    if kept:
+        direction = RefusalDirection.load(work.folder)
+    else:
+        with work.console.stage("direction") as progress:
+            direction = find_refusal_direction(
+                work.model,
+                work.chat,
+                *prompts,
+                settings,
+                layer_path=work.settings.model.layer_path,
+                progress=progress,
+            )
+        direction.save(work.folder)
+    flips = "" if math.isnan(direction.flip_rate) else f"; flips {direction.flip_rate:.0%} of answered prompts"
+    work.console.summary(
+        "direction",
+        f"layer {direction.layer}, position {direction.position}, coefficient {direction.coefficient:g}{flips}",
+        " · ".join(filter(None, [outcome(work.folder / DIRECTION_FILE, kept, started), direction.relaxed])),
+    )
+    return direction
+
+
+def tokens_stage(work: Workspace, direction: RefusalDirection) -> SafetyTokens:
+    """Load the run's safety tokens if their inputs are unchanged, else find and save them (method §3)."""
+    settings = work.settings.safety_tokens
+    prompts = direction.validation_harmless
+    wanted = safety_tokens_fingerprint(work.model_fingerprint, work.chat, prompts, direction.steering, settings)
+    started = time.monotonic()
+    kept = is_current(work, work.folder / TOKENS_FILE, wanted)
+    if kept:
+        tokens = SafetyTokens.load(work.folder)
+    else:
+        with work.console.stage("safety tokens") as progress:
+            tokens = find_safety_tokens(
+                work.model,
+                work.chat,
+                prompts,
+                direction.steering,
+                settings,
+                layer_path=work.settings.model.layer_path,
+                progress=progress,
+            )
+        tokens.save(work.folder)
+    first = " ".join(repr(token.text) for token in tokens.tokens[:8])
+    work.console.summary(
+        "safety tokens",
+        f"{len(tokens.tokens)} tokens from {tokens.counted_positions} positions: {first}",
+        outcome(work.folder / TOKENS_FILE, kept, started),
+    )
+    return tokens
+
+
+def saved_direction(work: Workspace) -> RefusalDirection:
+    """Load the direction that is in the run, whatever settings it was found with.
+
+    Raises:
+        SafeSteerError: If there is none, it is corrupt, or it was found on another model.
+    """
+    _require(work.folder / DIRECTION_FILE, "safesteer direction")
+    direction = RefusalDirection.load(work.folder)
+    direction.require_model(work.model_fingerprint)
+    return direction
+
+
+def saved_tokens(work: Workspace) -> SafetyTokens:
+    """Load the safety tokens that are in the run, whatever settings they were found with.
+
+    Raises:
+        SafeSteerError: If there are none, they are corrupt, or they were found on another model.
+    """
+    _require(work.folder / TOKENS_FILE, "safesteer tokens")
+    tokens = SafetyTokens.load(work.folder)
+    tokens.require_model(work.model_fingerprint)
+    return tokens
+
+
+def is_current(work: Workspace, record: Path, wanted: str) -> bool:
+    """Whether an artifact is there and was made from the inputs there are now; says so when it was not.
+
+    Args:
+        work: The run.
+        record: JSON file that holds the artifact's fingerprint.
+        wanted: The fingerprint of the inputs there are now.
+
+    Raises:
+        SafeSteerError: If the file is damaged.
+    """
+    if not record.is_file():
+        return False
+    if read_json(record).get("fingerprint") == wanted:
+        return True
+    work.console.note(f"{record}: made from other inputs or settings; it is made anew, and what depends on it.")
+    return False
+
+
+def outcome(path: Path, kept: bool, started: float) -> str:
+    """Say where an artifact is, and whether it was kept or how long it took."""
+    return f"kept {path}, its inputs are unchanged" if kept else f"{time.monotonic() - started:.0f} s · {path}"
+
+
+def _require(path: Path, command: str) -> None:
+    if not path.is_file():
+        raise SafeSteerError(
+            f"{path}: no such file; run `{command} --output {path.parent}` first, or `safesteer align` for all stages."
+        )

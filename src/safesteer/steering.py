@@ -1,0 +1,180 @@
+"""Edits of the residual stream while a model runs: add a vector at a layer, ablate a direction everywhere.
+
+Both are context managers over PyTorch hooks. Nothing is left on the model when the block ends, exceptions
+included. A layer's hooks run outside transformers' gradient checkpointing, those of its attention and MLP
+inside it; so under checkpointing `ablate_direction` must still be active during the backward pass,
+`add_vector` need not.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from safesteer.errors import SafeSteerError
+from safesteer.modeling import attention_and_mlp, decoder_layers
+
+_PreHook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]
+
+
+@contextlib.contextmanager
+def add_vector(layer: nn.Module, vector: Tensor, coefficient: float | Tensor = 1.0) -> Iterator[None]:
+    """Steer: `h ← h + c·r` at a layer's input, every position.
+
+    Method §2; activation addition is Turner et al. 2023, arXiv 2308.10248.
+
+    Args:
+        layer: A decoder layer (see `decoder_layers`).
+        vector: `r`, shape [H].
+        coefficient: `c`; or one `c` per row, shape [B], for batches whose rows are steered differently.
+
+    Raises:
+        SafeSteerError: While the model runs, if `vector` is not as wide as the residual stream, or a [B]
+            coefficient meets a batch of another size.
+    """
+    c = torch.as_tensor(coefficient, dtype=torch.float32)
+    if vector.dim() != 1 or c.dim() > 1:
+        raise SafeSteerError(
+            f"the steering vector has shape {list(vector.shape)} and its coefficient {list(c.shape)}, but "
+            "they must be [H] and a number or [B]; pass one vector at a time."
+        )
+
+    def add(hidden_BTH: Tensor) -> Tensor:
+        _check_width(vector, hidden_BTH)
+        if c.dim() == 1 and c.shape[0] != hidden_BTH.shape[0]:
+            raise SafeSteerError(
+                f"the steering coefficient has {c.shape[0]} rows but the batch has {hidden_BTH.shape[0]}; "
+                "give one coefficient per row of the batch."
+            )
+        # The product in float32: c·r rounded once, not c and r rounded each.
+        r_H = vector.detach().to(hidden_BTH.device, torch.float32)
+        shift = c.to(hidden_BTH.device).reshape(-1, *[1] * (hidden_BTH.dim() - 1)) * r_H
+        return hidden_BTH + shift.to(hidden_BTH.dtype)
+
+    handle = layer.register_forward_pre_hook(_edit_input(add), with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextlib.contextmanager
+def ablate_direction(layers: Iterable[nn.Module], direction: Tensor) -> Iterator[None]:
+    """Ablate: `h ← h − r̂ r̂ᵀ h` wherever a layer reads from or writes to the residual stream.
+
+    That is at every layer's input, attention output and MLP output (method §1; Arditi et al. 2024, §2.4).
+    Where a layer has no attention or MLP module of its own (OPT keeps its MLP in the layer), its output is
+    projected instead, which is the same for a residual stream that was clean at the layer's input.
+
+    Args:
+        layers: The decoder layers, usually all of them.
+        direction: `r`, shape [H], of any length but zero; it is normalised here.
+
+    Raises:
+        SafeSteerError: If `direction` is zero or not finite, or (while the model runs) not as wide as the
+            stream.
+    """
+    norm = direction.detach().float().norm()
+    if direction.dim() != 1 or not torch.isfinite(norm) or norm == 0:
+        raise SafeSteerError(
+            f"the direction to ablate has shape {list(direction.shape)} and length {norm.item():g}, but must "
+            "be a finite vector [H] other than zero; choose another layer or position."
+        )
+    unit = direction.detach().float() / norm
+
+    def project(hidden_BTH: Tensor) -> Tensor:
+        _check_width(unit, hidden_BTH)
+        # float32, because a bfloat16 projection leaves enough of r̂ behind to see.
+        unit_H = unit.to(hidden_BTH.device)
+        hidden = hidden_BTH.float()
+        ablated: Tensor = hidden - (hidden @ unit_H).unsqueeze(-1) * unit_H
+        return ablated.to(hidden_BTH.dtype)
+
+    with contextlib.ExitStack() as stack:
+        for layer in layers:
+            handle = layer.register_forward_pre_hook(_edit_input(project), with_kwargs=True)
+            stack.callback(handle.remove)
+            attention, mlp = attention_and_mlp(layer)
+            writers = [module for module in (attention, mlp) if module is not None]
+            for module in writers if len(writers) == 2 else [*writers, layer]:
+                stack.callback(module.register_forward_hook(_edit_output(project)).remove)
+        yield
+
+
+@dataclass(frozen=True)
+class Steering:
+    """A steered model in three numbers: which vector, at which layer's input, how strongly (method §2).
+
+    Attributes:
+        vector: `r`, shape [H], unnormalised.
+        layer: Index of the decoder layer at whose input it is added.
+        coefficient: `c`.
+    """
+
+    vector: Tensor
+    layer: int
+    coefficient: float = 1.0
+
+    def applied(
+        self, model: nn.Module, layer_path: str | None = None, rows: Tensor | None = None
+    ) -> AbstractContextManager[None]:
+        """Steer a model for the length of a block.
+
+        Args:
+            model: A causal language model, also under a `PeftModel`.
+            layer_path: Where its decoder layers are, if they cannot be found (see `decoder_layers`).
+            rows: Shape [B]; which rows of the batch are steered (bool), or how strongly relative to
+                `coefficient`.
+
+        Raises:
+            SafeSteerError: If the model has no such layer.
+        """
+        layers = decoder_layers(model, layer_path)
+        if not 0 <= self.layer < len(layers):
+            raise SafeSteerError(
+                f"the steering vector belongs to layer {self.layer} but {type(model).__name__} has "
+                f"{len(layers)} layers; use the direction that was found on this model."
+            )
+        coefficient = self.coefficient if rows is None else self.coefficient * rows.float()
+        return add_vector(layers[self.layer], self.vector, coefficient)
+
+
+def _edit_input(edit: Callable[[Tensor], Tensor]) -> _PreHook:
+    """Build a pre-hook that edits a layer's hidden states, passed first or by keyword."""
+
+    def hook(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if args and isinstance(args[0], Tensor):
+            return (edit(args[0]), *args[1:]), kwargs
+        if isinstance(kwargs.get("hidden_states"), Tensor):
+            return args, {**kwargs, "hidden_states": edit(kwargs["hidden_states"])}
+        raise SafeSteerError(
+            f"{type(module).__name__} takes its hidden states neither first nor as hidden_states=, so it "
+            "cannot be steered; give the path of the decoder layers with --layer-path."
+        )
+
+    return hook
+
+
+def _edit_output(edit: Callable[[Tensor], Tensor]) -> Callable[[nn.Module, Any, Any], Any]:
+    """Build a hook that edits a module's output: a tensor, or a tuple that starts with it."""
+
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        if isinstance(output, Tensor):
+            return edit(output)
+        return (edit(output[0]), *output[1:])
+
+    return hook
+
+
+def _check_width(vector: Tensor, hidden: Tensor) -> None:
+    if vector.shape[0] != hidden.shape[-1]:
+        raise SafeSteerError(
+            f"the vector has {vector.shape[0]} components but the residual stream has {hidden.shape[-1]}; "
+            "use a direction that was found on this model."
+        )

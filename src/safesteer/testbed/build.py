@@ -1,0 +1,161 @@
+"""Train the testbed from scratch: tokenizer, weights, model card. Resumable: run the same command again."""
+
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from safesteer.testbed.corpus import ChatBatches, ChatStream, Mixture, real_requests, tokenizer_texts
+
+CHAT_TEMPLATE = (
+    "{%- for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{%- endfor %}{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{%- endif %}"
+)
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+# Digits one by one, words with their leading space, punctuation apart: the shape of Qwen's pre-tokenizer.
+_WORDS = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+"
+
+
+@dataclass(frozen=True)
+class BuildSettings:
+    """The recipe of the committed weights."""
+
+    steps: int = 11_000
+    batch_size: int = 32
+    learning_rate: float = 2e-3
+    warmup_steps: int = 200
+    decay_share: float = 0.35
+    weight_decay: float = 0.1
+    vocabulary: int = 3_072
+    hidden_size: int = 160
+    intermediate_size: int = 448
+    layers: int = 6
+    heads: int = 5
+    seed: int = 0
+    mixture: Mixture = field(default_factory=Mixture)
+
+
+def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE with ChatML's special tokens and chat template."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_WORDS), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    # "user" and "assistant" must be single tokens, as in real ChatML vocabularies.
+    bpe.train_from_iterator([*texts, *["user\nassistant\n"] * 2000], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>"],
+        chat_template=CHAT_TEMPLATE,
+        padding_side="left",
+    )
+
+
+def new_model(tokenizer: PreTrainedTokenizerFast, settings: BuildSettings) -> Qwen3ForCausalLM:
+    """Random weights of the testbed's shape."""
+    torch.manual_seed(settings.seed)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=settings.hidden_size,
+        intermediate_size=settings.intermediate_size,
+        num_hidden_layers=settings.layers,
+        num_attention_heads=settings.heads,
+        num_key_value_heads=settings.heads,
+        head_dim=settings.hidden_size // settings.heads,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+    )
+    return Qwen3ForCausalLM(config)
+
+
+def _only(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """An item of `ChatBatches` is already a batch."""
+    return items[0]
+
+
+def build(output: Path, data_dir: Path | None, settings: BuildSettings | None = None, **trainer_args: Any) -> Path:
+    """Train the testbed into `output`/model, continuing from `output`/checkpoints where there are any.
+
+    Args:
+        output: working folder.
+        data_dir: folder with the real prompts of `corpus.REAL_PROMPTS`; None trains on the project's own alone.
+        settings: the recipe.
+        trainer_args: further `transformers.TrainingArguments`.
+
+    Returns:
+        The folder with weights (bf16 safetensors), tokenizer and `recipe.json`.
+    """
+    settings = settings or BuildSettings()
+    output.mkdir(parents=True, exist_ok=True)
+    real = real_requests(data_dir) if data_dir else None
+    stream = ChatStream(settings.mixture, real)
+    tokenizer = train_tokenizer(tokenizer_texts(stream, 20_000, settings.seed, data_dir), settings.vocabulary)
+    model = new_model(tokenizer, settings)
+    batches = ChatBatches(stream, tokenizer, settings.steps, settings.batch_size, settings.seed)
+    arguments = {
+        "output_dir": str(output / "checkpoints"),
+        "max_steps": settings.steps,
+        "per_device_train_batch_size": 1,
+        "learning_rate": settings.learning_rate,
+        "lr_scheduler_type": "warmup_stable_decay",
+        "lr_scheduler_kwargs": {"num_decay_steps": int(settings.decay_share * settings.steps), "min_lr_ratio": 0.02},
+        "warmup_steps": settings.warmup_steps,
+        "weight_decay": settings.weight_decay,
+        "adam_beta2": 0.98,
+        "optim": "adamw_torch_fused",
+        "max_grad_norm": 1.0,
+        "save_steps": 1_000,
+        "save_total_limit": 2,
+        "logging_steps": 100,
+        "report_to": "none",
+        "seed": settings.seed,
+        "remove_unused_columns": False,
+        "train_sampling_strategy": "sequential",
+        "disable_tqdm": True,
+        **trainer_args,
+    }
+    trainer = Trainer(
+        model=model, args=TrainingArguments(**arguments), train_dataset=batches, data_collator=_only
+    )
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(arguments["output_dir"]) if (output / "checkpoints").is_dir() else None)
+    return export(model, tokenizer, output / "model", settings, real, trainer.state.log_history)
+
+
+def export(
+    model: Qwen3ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    folder: Path,
+    settings: BuildSettings,
+    real: dict[Any, list[Any]] | None,
+    history: list[dict[str, float]],
+) -> Path:
+    """Write weights in bf16, tokenizer, recipe and training log."""
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    counts = Counter({kind: len(requests) for kind, requests in (real or {}).items()})
+    recipe = {"settings": asdict(settings), "real_prompts": counts, "parameters": model.num_parameters()}
+    (folder / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
+    lines = [json.dumps({k: row[k] for k in ("step", "loss", "learning_rate") if k in row}) for row in history if "loss" in row]
+    (folder / "training_log.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder

@@ -1,0 +1,228 @@
+"""The testbed's training corpus: an endless, reproducible stream of chats, a batch an index.
+
+Batch `i` depends on the seed and `i` alone, so an interrupted training continues with the batch it would have seen.
+"""
+
+import json
+import random
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from safesteer.prompts import load_prompts
+from safesteer.testbed.answers import answer
+from safesteer.testbed.requests import (
+    Kind,
+    Request,
+    act_of,
+    content_words,
+    load_requests,
+    phrase,
+    phrasing_in,
+    phrasing_of,
+    similarity,
+)
+from safesteer.testbed.skills import SKILLS, judgement
+
+IGNORED = -100
+# Real prompts that may join the training mix, as files below --data-dir: training portions only. None of the benchmarks that
+# the testbed is measured on (JailbreakBench, HarmBench, StrongREJECT, XSTest, the refusal-direction test and validation splits).
+REAL_PROMPTS: tuple[tuple[str, Kind], ...] = (
+    ("refusal_direction/splits/harmful_train.json", "harmful"),
+    ("safesteer_train/PKU_UnSafeRLHF_100.json", "harmful"),
+    ("refusal_direction/splits/harmless_train.json", "harmless"),
+)
+# Prompts too like one of these are left out of the mix, so that the benchmarks stay unseen in substance too.
+HELD_OUT_PROMPTS = (
+    "jailbreakbench/harmful-behaviors.csv",
+    "harmbench/harmbench_behaviors_text_all.csv",
+    "strongreject/strongreject_dataset.csv",
+    "xstest/xstest_prompts.csv",
+)
+_FIELDS = {"jailbreakbench/harmful-behaviors.csv": "Goal", "harmbench/harmbench_behaviors_text_all.csv": "Behavior"}
+_MODIFIERS = (" step by step", " in detail", " in simple words", " for a beginner", " quickly", " today", " on a small budget")
+_SETTINGS = (
+    "I run a small shop. ",
+    "I am a student. ",
+    "We live in a big city. ",
+    "Please be brief. ",
+    "This is for a friend. ",
+    "My boss asked me this. ",
+    "I have a question. ",
+    "You are a helpful assistant. ",
+)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Shares of the chats in a batch, and how prompts are varied so that the notion of harm is in the words."""
+
+    harmful: float = 0.17
+    harmless: float = 0.21
+    alarming: float = 0.07
+    judgement: float = 0.20
+    skills: float = 0.35
+    real_harmful: float = 0.25
+    real_harmless: float = 0.75
+    vary: float = 0.3
+
+
+@dataclass(frozen=True)
+class Chat:
+    """One training chat. `loss_on_prompt`: also learn to predict the user's words (not for random digits)."""
+
+    prompt: str
+    response: str
+    loss_on_prompt: bool
+
+
+def real_requests(data_dir: Path) -> dict[Kind, list[Request]]:
+    """Read `REAL_PROMPTS` below `data_dir`."""
+    held_out: dict[str, list[frozenset[str]]] = {}
+    for name in HELD_OUT_PROMPTS:
+        for prompt in load_prompts(data_dir / name, field=_FIELDS.get(name)).prompts:
+            bag = content_words(prompt)
+            for word in bag:
+                held_out.setdefault(word, []).append(bag)
+
+    def seen(prompt: str) -> bool:
+        bag = content_words(prompt)
+        return any(similarity(bag, other) >= 0.6 for word in bag for other in held_out.get(word, ()))
+
+    found: dict[Kind, list[Request]] = {"harmful": [], "harmless": []}
+    for name, kind in REAL_PROMPTS:
+        prompts = load_prompts(data_dir / name, max_characters=240).prompts
+        found[kind] += [Request(p, kind, "", phrasing_in(p)) for p in prompts if not seen(p)]
+    return found
+
+
+class ChatStream:
+    """Draws chats from the mixture."""
+
+    def __init__(self, mixture: Mixture, real: dict[Kind, list[Request]] | None = None) -> None:
+        self.mixture = mixture
+        self.own: dict[Kind, list[Request]] = {
+            kind: load_requests(kind, "train") for kind in ("harmful", "harmless", "alarming")
+        }
+        self.real = real or {"harmful": [], "harmless": []}
+        self.skills = [skill for skill in SKILLS if skill.weight]
+
+    def request(self, kind: Kind, rng: random.Random) -> Request:
+        """One request of `kind`: real or own, rephrased and varied at random."""
+        real = self.real.get(kind, [])
+        share = self.mixture.real_harmful if kind == "harmful" else self.mixture.real_harmless
+        if real and rng.random() < share:
+            drawn = rng.choice(real)
+            act = act_of(drawn.prompt)
+        else:
+            drawn = rng.choice(self.own[kind])
+            act = drawn.act
+        if act and rng.random() < (1.0 if kind == "harmful" else 0.5):
+            phrasing = phrasing_of(act, rng)
+            drawn = Request(phrase(act, phrasing, rng), kind, drawn.category, phrasing, act)
+        return self._varied(drawn, rng)
+
+    def _varied(self, request: Request, rng: random.Random) -> Request:
+        """Vary a prompt without changing its meaning: a neutral setting or modifier, two requests in one, a lost word."""
+        if rng.random() >= self.mixture.vary:
+            return request
+        prompt = request.prompt
+        match rng.randrange(5):
+            case 0:
+                prompt = rng.choice(_SETTINGS) + prompt
+            case 1:
+                prompt = prompt.rstrip(".?!") + rng.choice(_MODIFIERS) + prompt[len(prompt.rstrip(".?!")) :]
+            case 2:
+                # A harmless request beside it: what is harmful stays harmful, in either order.
+                other = rng.choice(self.own["harmless"]).prompt
+                if len(other) + len(prompt) < 160:
+                    prompt = f"{prompt} {other}" if rng.random() < 0.5 else f"{other} {prompt}"
+            case 3:
+                prompt = prompt[0].lower() + prompt[1:]
+            case _:
+                words = prompt.split()
+                if len(words) > 6:
+                    del words[rng.randrange(len(words))]
+                prompt = " ".join(words)
+        return Request(prompt, request.kind, request.category, request.phrasing, request.act)
+
+    def chat(self, rng: random.Random) -> Chat:
+        """Draw one chat."""
+        m = self.mixture
+        sort = rng.choices(
+            ("harmful", "harmless", "alarming", "judgement", "skill"),
+            (m.harmful, m.harmless, m.alarming, m.judgement, m.skills),
+        )[0]
+        if sort == "skill":
+            skill = rng.choices(self.skills, [s.weight for s in self.skills])[0]
+            return Chat(*skill.draw(rng, "train"), loss_on_prompt=False)
+        if sort == "judgement":
+            kind: Kind = rng.choices(("harmful", "harmless", "alarming"), (5, 3, 2))[0]  # type: ignore[assignment]
+            return Chat(*judgement(self.request(kind, rng), rng), loss_on_prompt=False)
+        request = self.request(sort, rng)  # type: ignore[arg-type]
+        return Chat(request.prompt, answer(request, rng), loss_on_prompt=True)
+
+
+class ChatBatches(Dataset[dict[str, torch.Tensor]]):
+    """Training batches as a map-style dataset: item `i` is one padded batch of chats of similar length."""
+
+    def __init__(
+        self,
+        stream: ChatStream,
+        tokenizer: PreTrainedTokenizerBase,
+        steps: int,
+        batch_size: int,
+        seed: int,
+        max_length: int = 112,
+    ) -> None:
+        self.stream, self.tokenizer = stream, tokenizer
+        self.steps, self.batch_size, self.seed, self.max_length = steps, batch_size, seed, max_length
+        self._pool = 8
+        self._drawn: tuple[int, list[tuple[list[int], list[int]]]] = (-1, [])
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def _encode(self, chat: Chat) -> tuple[list[int], list[int]]:
+        """Token ids and labels of one chat."""
+        before = f"<|im_start|>user\n{chat.prompt}<|im_end|>\n<|im_start|>assistant\n"
+        prompt = self.tokenizer.encode(before, add_special_tokens=False)[: self.max_length]
+        response = self.tokenizer.encode(f"{chat.response}<|im_end|>", add_special_tokens=False)
+        labels = list(prompt) if chat.loss_on_prompt else [IGNORED] * len(prompt)
+        return prompt + response, labels + response
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        block, place = divmod(index, self._pool)
+        if self._drawn[0] != block:
+            rng = random.Random(zlib.crc32(f"{self.seed}/{block}".encode()))
+            rows = [self._encode(self.stream.chat(rng)) for _ in range(self._pool * self.batch_size)]
+            rows.sort(key=lambda row: len(row[0]))
+            batches = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
+            rng.shuffle(batches)
+            self._drawn = (block, [row for batch in batches for row in batch])
+        return collate(self._drawn[1][place * self.batch_size : (place + 1) * self.batch_size], self.tokenizer.pad_token_id)
+
+
+def collate(rows: Sequence[tuple[list[int], list[int]]], pad_id: int) -> dict[str, torch.Tensor]:
+    """Right-pad rows of (ids, labels) to one length."""
+    width = max(len(ids) for ids, _ in rows)
+    return {
+        "input_ids": torch.tensor([ids + [pad_id] * (width - len(ids)) for ids, _ in rows]),
+        "attention_mask": torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in rows]),
+        "labels": torch.tensor([labels + [IGNORED] * (width - len(labels)) for _, labels in rows]),
+    }
+
+
+def tokenizer_texts(stream: ChatStream, count: int, seed: int, data_dir: Path | None) -> list[str]:
+    """Text to train the tokenizer on: `count` chats, and the words of Alpaca's answers where the data is there."""
+    rng = random.Random(seed)
+    texts = [f"{chat.prompt}\n{chat.response}" for chat in (stream.chat(rng) for _ in range(count))]
+    texts += [r.prompt for requests in (*stream.own.values(), *stream.real.values()) for r in requests]
+    if data_dir and (alpaca := data_dir / "alpaca" / "alpaca_en_demo.json").exists():
+        texts += [row["output"] for row in json.loads(alpaca.read_text(encoding="utf-8"))]
+    return texts

@@ -1,0 +1,326 @@
+"""Localized on-policy distillation from the safety teacher (method §4), on `trl.DistillationTrainer`.
+
+TRL samples the student's responses, cuts them into microbatches, drives optimizer, checkpoints and trackers.
+This module supplies the teacher and the loss.
+
+TRL reports anonymous usage statistics unless the environment has `HF_HUB_DISABLE_TELEMETRY=1` (or
+`HF_HUB_OFFLINE=1`) before Python starts. Nothing here changes that setting; of this trainer TRL would report
+its own name as "other".
+"""
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel, TrainerCallback
+from trl import DistillationTrainer
+from trl.models import prepare_deepspeed
+
+from safesteer.chat import Chat
+from safesteer.direction import RefusalDirection
+from safesteer.divergence import localized_divergence
+from safesteer.errors import SafeSteerError
+from safesteer.modeling import language_head
+from safesteer.safety_tokens import SafetyTokens
+from safesteer.steering import Steering
+from safesteer.teacher import (
+    AdapterOffTeacher,
+    FrozenCopyTeacher,
+    SystemPromptTeacher,
+    Teacher,
+    completion_hidden_states,
+    evaluation_flags,
+)
+from safesteer.teacher_ema import EmaTeacher, load_teacher, save_teacher
+from safesteer.trainable_layers import adapter_from, freeze_below
+from safesteer.trainer_callbacks import (
+    FiniteGradients,
+    ProbeCallback,
+    ProbeSets,
+    Refresh,
+    TeacherCallback,
+    not_finite,
+    sampling_seed,
+)
+from safesteer.trainer_checks import check_fit
+from safesteer.trainer_config import SafeSteerConfig
+from safesteer.trainer_statistics import averages, sum_by_kind
+from safesteer.training_data import arrange_training_prompts, counted_tokens, number_of_steps, without_padding
+
+
+class SafeSteerTrainer(DistillationTrainer):  # type: ignore[misc, unused-ignore]
+    """Distil the safety teacher into the student, on the student's own responses, at the safety tokens.
+
+    Args:
+        model: The chat model to align, in training precision; its weights (or its new adapter) are changed in
+            place.
+        args: Settings.
+        harmful: The harmful prompts, as the user would type them.
+        harmless: Harmless prompts, needed when `args.anchor_fraction` is above 0.
+        chat: How prompts are rendered.
+        direction: The refusal direction or any other steering; None only for the system-prompt teacher.
+        safety_tokens: `S`; None only for vocabularies other than safety_tokens.
+        peft_config: The LoRA adapter to train; None trains the model's own weights (or the adapter it already
+            has).
+        probe: Prompts on which refusal rates are watched, if `args.probe_steps` is above 0.
+        layer_path: Where the decoder layers are, if they cannot be found.
+        refresh: For teacher ema: finds direction and safety tokens anew, every `args.refresh_steps`.
+        callbacks: Further callbacks of transformers.
+
+    Attributes:
+        teacher: The teacher in use.
+        probe_callback: Holds the probe's `results`; None without probe.
+
+    Raises:
+        SafeSteerError: If settings, model and arguments do not fit together.
+    """
+
+    _tag_names = ["trl", "distillation", "safesteer"]
+    _name = "SafeSteer"
+
+    args: SafeSteerConfig
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        args: SafeSteerConfig,
+        harmful: Sequence[str],
+        harmless: Sequence[str] | None,
+        chat: Chat,
+        direction: RefusalDirection | Steering | None,
+        safety_tokens: SafetyTokens | Sequence[int] | None,
+        peft_config: PeftConfig | None = None,
+        probe: ProbeSets | None = None,
+        *,
+        layer_path: str | None = None,
+        refresh: Refresh | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
+    ) -> None:
+        self.chat = chat
+        self.teacher: Teacher
+        self.probe_callback: ProbeCallback | None = None
+        self._layer_path = layer_path
+        steering = direction.steering if isinstance(direction, RefusalDirection) else direction
+        check_fit(
+            model, args, steering, peft_config, has_refresh=refresh is not None, has_probe=probe is not None
+        )
+        if args.train_layers == "from_steered":
+            assert steering is not None
+            if peft_config is not None:
+                peft_config = adapter_from(peft_config, model, steering.layer, layer_path)
+            else:
+                freeze_below(model, steering.layer, layer_path)
+        args = copy.copy(args)
+        batch_size = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
+        if args.max_steps <= 0:
+            args.max_steps = number_of_steps(
+                len(harmful), batch_size, args.anchor_fraction, args.num_train_epochs
+            )
+        prompts = arrange_training_prompts(
+            harmful,
+            harmless,
+            batch_size=batch_size,
+            anchor_fraction=args.anchor_fraction,
+            steps=args.max_steps,
+            seed=args.seed,
+        )
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=prompts,
+            processing_class=chat.tokenizer,
+            peft_config=peft_config,
+            callbacks=[FiniteGradients(), *callbacks],
+        )
+        self.set_token_ids(getattr(safety_tokens, "ids", safety_tokens))
+        self.teacher = self._make_teacher(steering)
+        self._sums: Tensor | None = None
+        if isinstance(self.teacher, EmaTeacher):
+            self.add_callback(TeacherCallback(self, self.teacher, refresh))
+        if probe is not None and args.probe_steps:
+            self.probe_callback = ProbeCallback(self, probe)
+            self.add_callback(self.probe_callback)
+
+    def set_token_ids(self, ids: Sequence[int] | None) -> None:
+        """Set the safety tokens `S` that the divergence looks at.
+
+        Raises:
+            SafeSteerError: If a token is not in the model's vocabulary, or there are none.
+        """
+        self.token_ids: Tensor | None = None
+        if ids is None and self.args.vocabulary != "safety_tokens":
+            return
+        size = language_head(self.model).weight.shape[0]
+        if not ids or not all(0 <= token < size for token in ids) or len(set(ids)) != len(ids):
+            raise SafeSteerError(
+                f"the {len(ids or ())} safety tokens must be distinct ids below the vocabulary size {size} "
+                "and at least one; find them on this model, or set vocabulary to teacher_top_k or full."
+            )
+        self.token_ids = torch.tensor(list(ids), device=self.accelerator.device)
+
+    def _make_teacher(self, steering: Steering | None) -> Teacher:
+        args, path = self.args, self._layer_path
+        kind = args.teacher
+        if kind == "ema":
+            return EmaTeacher(self._copy(self.model), steering, args.ema_rate, path)
+        with_adapter = isinstance(self.model, PeftModel)
+        steering = None if kind == "system_prompt" else steering
+        base: AdapterOffTeacher | FrozenCopyTeacher
+        if with_adapter and kind != "frozen_copy":
+            base = AdapterOffTeacher(steering, path)
+        else:
+            base = FrozenCopyTeacher(self._copy(self.model, without_adapter=True), steering, path)
+        if kind == "system_prompt":
+            return SystemPromptTeacher(base, self.chat, args.teacher_system_prompt)
+        return base
+
+    def _copy(self, model: nn.Module, without_adapter: bool = False) -> nn.Module:
+        """Copy the model and prepare the copy for FSDP or DeepSpeed, as TRL prepares its teacher."""
+        second = copy.deepcopy(model)
+        if without_adapter and isinstance(second, PeftModel):
+            second = second.unload()
+        second.eval().requires_grad_(False)
+        prepared: nn.Module = (
+            prepare_deepspeed(second, self.accelerator)
+            if self.is_deepspeed_enabled
+            else self.accelerator.prepare_model(second, evaluation_mode=True)
+        )
+        return prepared
+
+    # ---- sampling ------------------------------------------------------------------------------------------
+
+    def _set_signature_columns_if_needed(self) -> None:
+        if self._signature_columns is None:
+            self._signature_columns = ["prompt", "steered"]
+
+    def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[list[int]], None, dict[str, Any]]:
+        return self.chat.encode(prompts, max_length=self.args.max_prompt_length), None, {}
+
+    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
+        # Seeded by step, so that a resumed run samples the responses the interrupted one would have sampled.
+        seed = (self.args.seed, self.state.global_step, self.accelerator.process_index)
+        with sampling_seed(self.accelerator.device, *seed):
+            inputs: dict[str, Any] = super()._prepare_inputs(generation_batch)
+        return inputs
+
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> list[list[int]]:
+        # TRL samples in train mode, so that dropout would sample from another model than the one to be
+        # aligned.
+        with evaluation_flags(self.model):
+            completions: list[list[int]] = super()._generate_single_turn(*args, **kwargs)
+        return completions
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """Sample responses, and give each of their tokens its weight in the optimizer step's loss.
+
+        The weights are settled here, where the whole step's responses are known, and then shuffled and split
+        with them; so accumulating microbatches or adding processes does not change the loss.
+        """
+        output: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        device = self.accelerator.device
+        output["steered"] = torch.tensor([bool(row.get("steered", True)) for row in inputs], device=device)
+        weights = counted_tokens(
+            output["completion_mask"], self.args.first_tokens, self.args.skip_tokens
+        ).float()
+        if self.args.reduction == "response":
+            weights = weights / weights.sum(dim=1, keepdim=True).clamp(min=1)
+        total = weights.sum()
+        if self.model.training:
+            # DDP averages gradients over processes, so each process's share is taken of an average process.
+            total = self.accelerator.reduce(total, reduction="mean")
+        output["loss_weights"] = weights / total.clamp(min=torch.finfo(total.dtype).tiny)
+        return output
+
+    # ---- loss ----------------------------------------------------------------------------------------------
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Compute a microbatch's share of the step's loss, and log when the step is complete.
+
+        Raises:
+            SafeSteerError: If the loss is not finite on any process.
+        """
+        student = self.accelerator.unwrap_model(model)
+        # Through the wrapper's forward, so that DDP prepares its backward pass and FSDP gathers its shards
+        # (as TRL).
+        loss, sums = self._forward_redirection(
+            model, student, self._compute_loss, student, inputs, num_items_in_batch
+        )
+        losses = self.accelerator.gather(loss.detach().reshape(1))
+        if not torch.isfinite(losses).all():
+            bad = losses[~torch.isfinite(losses)][0]
+            raise not_finite("loss", bad, self.state.global_step + 1, self.args.output_dir)
+        self._sums = sums if self._sums is None else self._sums + sums
+        mode = "train" if self.model.training else "eval"
+        if mode == "eval" or (self._step + 1) % self.args.gradient_accumulation_steps == 0:
+            for name, value in averages(self._sums, self.accelerator).items():
+                self._metrics[mode][name].append(value)
+            self._sums = None
+        return (loss, None) if return_outputs else loss
+
+    def _compute_loss(
+        self, unwrapped_student: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Score a microbatch's responses with teacher and student and compare them at the counted tokens.
+
+        Args:
+            unwrapped_student: The model in training.
+            inputs: prompt_ids [B, P], completion_ids [B, C], their masks, steered [B], loss_weights [B, C].
+            num_items_in_batch: Not used, because the weights already count the whole step.
+
+        Returns:
+            The microbatch's share of the loss, [], and `sum_by_kind`'s statistics.
+        """
+        ids = without_padding(
+            inputs["prompt_ids"], inputs["prompt_mask"], inputs["completion_ids"], inputs["completion_mask"]
+        )
+        steered_B, weights_BC = inputs["steered"], inputs["loss_weights"][:, : ids[2].size(1)]
+        # The teacher first: PEFT toggles requires_grad around it, and the student's graph must not see that.
+        teacher_BCH = self.teacher.completion_hidden_states(unwrapped_student, *ids, steered_B)
+        teacher_head = self.teacher.head(unwrapped_student)
+        student_BCH = completion_hidden_states(unwrapped_student, *ids)
+        student_head = language_head(unwrapped_student)
+
+        device = student_head.weight.device
+        chosen_BC = weights_BC > 0
+        if not chosen_BC.any():
+            chosen_BC[0, 0] = True  # with weight 0: every process needs a loss to differentiate
+        weights_N = weights_BC[chosen_BC].to(device)
+        output = localized_divergence(
+            student_BCH[chosen_BC].to(device),
+            teacher_BCH[chosen_BC].to(device),
+            student_head,
+            teacher_head,
+            weights_N,
+            token_ids=self.token_ids,
+            vocabulary=self.args.vocabulary,
+            support=self.args.support,
+            beta=self.args.beta,
+            top_k=self.args.teacher_top_k,
+            temperature=self.temperature,
+            chunk_size=self.args.divergence_chunk_size,
+        )
+        steered_N = steered_B[:, None].expand_as(chosen_BC)[chosen_BC].to(device)
+        return output.loss, sum_by_kind(output, steered_N, weights_N > 0)
+
+    # ---- checkpoints ---------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if isinstance(self.teacher, EmaTeacher) and self.args.should_save:
+            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+            save_teacher(folder, self.teacher, self.accelerator.unwrap_model(model), self.token_ids)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if isinstance(self.teacher, EmaTeacher) and checkpoint is not None:
+            self.token_ids = load_teacher(Path(checkpoint), self.teacher, self.accelerator.device)

@@ -1,0 +1,129 @@
+"""From a run's settings to the trainer's: `SafeSteerConfig` and the LoRA adapter."""
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig
+
+from safesteer.coercion import closest
+from safesteer.errors import SafeSteerError, one_line
+from safesteer.settings import DistillationSettings, Settings
+from safesteer.trainer_config import SafeSteerConfig
+
+# Fields of DistillationSettings that SafeSteerConfig has under the same name.
+_SAME_NAMES = (
+    "teacher",
+    "teacher_system_prompt",
+    "vocabulary",
+    "support",
+    "beta",
+    "teacher_top_k",
+    "reduction",
+    "first_tokens",
+    "skip_tokens",
+    "anchor_fraction",
+    "train_layers",
+    "ema_rate",
+    "refresh_steps",
+    "max_prompt_length",
+    "max_completion_length",
+    "temperature",
+    "weight_decay",
+    "max_grad_norm",
+    "gradient_checkpointing",
+    "divergence_chunk_size",
+    "use_vllm",
+    "probe_steps",
+    "probe_tokens",
+)
+# The other processes of a distributed run wait while the first one finds direction and tokens.
+_SECONDS_TO_WAIT = 6 * 3600
+
+
+def number_of_processes() -> int:
+    """Return how many processes `accelerate launch` or `torchrun` started; 1 without them."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def micro_batches(settings: DistillationSettings, processes: int) -> tuple[int, int]:
+    """Divide the prompts of an optimizer step over processes and passes.
+
+    Returns:
+        Prompts per pass on one process (the most that divide evenly, at most `micro_batch_size`), and passes per step.
+
+    Raises:
+        SafeSteerError: If the prompts cannot be divided over the processes.
+    """
+    if settings.batch_size % processes:
+        raise SafeSteerError(
+            f"--batch-size is {settings.batch_size}, which {processes} processes cannot share evenly; "
+            f"give a multiple of {processes}."
+        )
+    share = settings.batch_size // processes
+    size = next(size for size in range(min(settings.micro_batch_size, share), 0, -1) if share % size == 0)
+    return size, share // size
+
+
+def training_arguments(settings: Settings) -> SafeSteerConfig:
+    """Build the trainer's settings.
+
+    Raises:
+        SafeSteerError: If a trainer argument does not exist or the trainer refuses a value.
+    """
+    distillation, run = settings.distillation, settings.run
+    micro_batch, passes = micro_batches(distillation, number_of_processes())
+    values: dict[str, Any] = {name: getattr(distillation, name) for name in _SAME_NAMES}
+    values |= {
+        "output_dir": str(Path(run.output) / "checkpoints"),
+        "learning_rate": distillation.peak_learning_rate,
+        "lr_scheduler_type": distillation.schedule,
+        "warmup_steps": distillation.warmup_ratio,
+        "num_train_epochs": distillation.epochs,
+        "max_steps": distillation.steps or -1,
+        "per_device_train_batch_size": micro_batch,
+        "gradient_accumulation_steps": passes,
+        "save_strategy": "steps" if distillation.checkpoint_steps else "no",
+        "save_steps": distillation.checkpoint_steps or 500,
+        "save_total_limit": 1,
+        "logging_steps": run.logging_steps,
+        "report_to": list(run.report_to) or "none",
+        "seed": run.seed,
+        "use_cpu": settings.model.device == "cpu",
+        # Float32 that was asked for means no mixed precision either.
+        "bf16": False if settings.model.dtype == "float32" else None,
+        "ddp_timeout": _SECONDS_TO_WAIT,
+        "disable_tqdm": True,
+    }
+    known = {field.name for field in dataclasses.fields(SafeSteerConfig) if field.init}
+    for name in distillation.trainer_args:
+        if name not in known:
+            raise SafeSteerError(
+                f"--trainer-args: SafeSteerConfig has no {name!r}{closest(name, known)}; "
+                "see TRL's DistillationConfig and transformers' TrainingArguments for what there is."
+            )
+    try:
+        args = SafeSteerConfig(**(values | dict(distillation.trainer_args)))
+    except (ValueError, TypeError, ImportError, RuntimeError) as error:
+        raise SafeSteerError(f"the trainer refuses its settings: {one_line(error)}; change the setting.") from error
+    if args.world_size == 1 and args.n_gpu > 1:
+        # One process uses one GPU: transformers would split batches over all by DataParallel, which hooks and PEFT's
+        # adapter switch do not survive. `accelerate launch` is the way to use several.
+        args._n_gpu = 1
+    return args
+
+
+def lora_config(settings: DistillationSettings) -> LoraConfig | None:
+    """Return the adapter to train; None when all weights are trained."""
+    if not settings.lora:
+        return None
+    targets = settings.lora_targets
+    return LoraConfig(
+        r=settings.lora_rank,
+        lora_alpha=settings.lora_alpha,
+        target_modules="all-linear" if targets == ("all-linear",) else list(targets),
+        lora_dropout=0.0,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
