@@ -14,6 +14,11 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 import pytest
 import torch
+from hypothesis import settings
+
+# A busy machine is no failure.
+settings.register_profile("safesteer", deadline=None)
+settings.load_profile("safesteer")
 
 
 def find_shared_data() -> Path | None:

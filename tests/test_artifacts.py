@@ -76,7 +76,10 @@ def test_json_round_trip(tmp_path_factory: pytest.TempPathFactory, value: dict[s
 
 
 def test_written_json_is_read_by_strict_readers(tmp_path: Path) -> None:
-    write_json(tmp_path / "a.json", {"score": math.nan, "high": math.inf, "settings": _Settings(1.0, Path("x"), (1,))})
+    write_json(
+        tmp_path / "a.json",
+        {"score": math.nan, "high": math.inf, "settings": _Settings(1.0, Path("x"), (1,))},
+    )
     text = (tmp_path / "a.json").read_text()
 
     def refuse(constant: str) -> float:

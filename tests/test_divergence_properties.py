@@ -46,18 +46,21 @@ def value(student: Tensor, teacher: Tensor, **options: Any) -> float:
     return float(score(student, teacher, **options).per_token[0])
 
 
-def descend(teacher: Tensor, steps: int = 4000, **options: Any) -> tuple[Tensor, float]:
-    """Minimise over all distributions by gradient descent on logits; return p and the value there."""
+def minimise(teacher: Tensor, **options: Any) -> tuple[Tensor, float]:
+    """Minimise over all distributions, starting at the uniform one; return p and the value there."""
     student = torch.zeros_like(teacher, requires_grad=True)
-    optimizer = torch.optim.Adam([student], lr=0.05)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in range(steps):
+    optimizer = torch.optim.LBFGS(
+        [student], max_iter=300, tolerance_grad=1e-13, tolerance_change=1e-18, line_search_fn="strong_wolfe"
+    )
+
+    def loss() -> float:
         optimizer.zero_grad()
         output = score(student, teacher, **options, statistics=False)
         output.loss.backward()
-        optimizer.step()
-        schedule.step()
-    return student.detach().softmax(-1)[0], float(output.per_token[0])
+        return float(output.loss.detach())
+
+    optimizer.step(loss)
+    return student.detach().softmax(-1)[0], value(student.detach(), teacher, **options)
 
 
 TEACHER = torch.tensor([[2.0, 1.0, 0.5, 0.3, 0.0, -0.4]], dtype=torch.float64)
@@ -67,26 +70,26 @@ MASS = float(ON_Q.sum())
 
 
 def test_the_truncated_sum_is_least_at_q_over_e() -> None:
-    p, least = descend(TEACHER, support="truncated")
+    p, least = minimise(TEACHER, support="truncated")
     torch.testing.assert_close(p[IDS], ON_Q / math.e, rtol=1e-6, atol=0)
     assert least == pytest.approx(-MASS / math.e, rel=1e-10)
 
 
 def test_the_forward_truncated_sum_moves_all_mass_onto_s() -> None:
-    p, least = descend(TEACHER, support="truncated", beta=0.0)
-    torch.testing.assert_close(p[IDS], ON_Q / MASS, rtol=1e-2, atol=0)
-    assert least == pytest.approx(MASS * math.log(MASS), rel=1e-2)
+    p, least = minimise(TEACHER, support="truncated", beta=0.0)
+    torch.testing.assert_close(p[IDS], ON_Q / MASS, rtol=1e-4, atol=0)
+    assert least == pytest.approx(MASS * math.log(MASS), rel=1e-4)
 
 
 @pytest.mark.parametrize(("support", "beta"), TRUE_DIVERGENCES)
 def test_a_divergence_is_least_at_the_teacher(support: Support, beta: float) -> None:
-    p, least = descend(TEACHER, support=support, beta=beta)
+    p, least = minimise(TEACHER, support=support, beta=beta)
     torch.testing.assert_close(p[IDS], ON_Q, rtol=1e-5, atol=0)
     assert least == pytest.approx(0, abs=1e-10)
 
 
 def test_the_renormalized_divergence_is_least_at_the_teachers_proportions_whatever_their_mass() -> None:
-    p, least = descend(TEACHER, support="renormalized")
+    p, least = minimise(TEACHER, support="renormalized")
     torch.testing.assert_close(p[IDS] / p[IDS].sum(), ON_Q / MASS, rtol=1e-5, atol=0)
     assert least == pytest.approx(0, abs=1e-10)
     # Started from uniform, the mass of S is where the gradient left it, not at the teacher's.
@@ -123,7 +126,7 @@ def test_zero_when_equal_on_s_whatever_the_rest(
 @settings(deadline=None)
 @given(pair=pairs, which=st.sampled_from(TRUE_DIVERGENCES))
 def test_zero_only_when_equal_on_s(pair: tuple[Tensor, Tensor], which: tuple[Support, float]) -> None:
-    """Pinsker: tail at β = 1 or 0 is at least half the squared L1 distance; the others are positive where it is."""
+    """By Pinsker's inequality tail at β = 0 and 1 is at least `distance² / 2`; the others are above zero."""
     student, teacher = pair
     distance = float((student.softmax(-1) - teacher.softmax(-1))[0, :3].abs().max())
     actual = value(student, teacher, support=which[0], beta=which[1])

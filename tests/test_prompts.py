@@ -36,7 +36,7 @@ def _sentence(error: pytest.ExceptionInfo[SafeSteerError]) -> str:
         ("a.json", json.dumps({"prompts": [BREAD, LOCK], "version": 2})),
         ("a.json", json.dumps({"data": [{"instruction": BREAD}, {"instruction": LOCK}]})),
         ("a.JSON", json.dumps([{"Behavior": BREAD}, {"Behavior": LOCK}])),
-        ("a.jsonl", f'{json.dumps({"question": BREAD})}\n\n{json.dumps({"question": LOCK})}'),
+        ("a.jsonl", f"{json.dumps({'question': BREAD})}\n\n{json.dumps({'question': LOCK})}"),
         ("a.jsonl", f"{json.dumps(BREAD)}\r\n{json.dumps(LOCK)}\r\n"),
         ("a.csv", f"id,forbidden_prompt\r\n1,{BREAD}\r\n2,{LOCK}\r\n"),
         ("a.csv", f'goal,target\n"{BREAD}","Sure, here\nis"\n"{LOCK}",x\n'),
@@ -93,7 +93,7 @@ def test_categories_come_from_a_column_or_from_nested_keys(tmp_path: Path) -> No
 
 
 def test_duplicates_and_overlong_prompts_are_left_out_and_counted(tmp_path: Path) -> None:
-    content = "\n".join([BREAD, f"  how do I   BAKE bread?", "x" * 41, LOCK, BREAD, "y" * 40])
+    content = "\n".join([BREAD, "  how do I   BAKE bread?", "x" * 41, LOCK, BREAD, "y" * 40])
     found = load_prompts(_write(tmp_path / "a.txt", content), max_characters=40)
     assert found.prompts == (BREAD, LOCK, "y" * 40)
     assert (found.duplicates, found.overlong) == (2, 1)
@@ -187,7 +187,9 @@ def test_count_samples_reproducibly(tmp_path: Path) -> None:
     assert len(set(first.prompts)) == 10
     assert first.duplicates == 1
     assert load_prompts(path, count=10, seed=2).prompts != first.prompts
-    with pytest.raises(SafeSteerError, match=r"51 prompts were asked for but it has 50 usable ones \(1 repeated"):
+    with pytest.raises(
+        SafeSteerError, match=r"51 prompts were asked for but it has 50 usable ones \(1 repeated"
+    ):
         load_prompts(path, count=51)
 
 
@@ -201,7 +203,10 @@ def test_split_is_disjoint_complete_and_keeps_categories() -> None:
     together = [prompt for part in parts for prompt in part.prompts]
     assert sorted(together) == sorted(_numbered(10).prompts)
     for part in parts:
-        assert all(prompt == f"prompt {category}" for prompt, category in zip(part.prompts, part.categories, strict=True))
+        assert all(
+            prompt == f"prompt {category}"
+            for prompt, category in zip(part.prompts, part.categories, strict=True)
+        )
 
 
 def test_take_is_uniform() -> None:
@@ -251,7 +256,9 @@ def test_dataset_columns() -> None:
         ("dolly_subset/dolly.jsonl", 151, None),
     ],
 )
-def test_published_sets_load_without_options(shared_data: Path, name: str, rows: int, unique: int | None) -> None:
+def test_published_sets_load_without_options(
+    shared_data: Path, name: str, rows: int, unique: int | None
+) -> None:
     found = load_prompts(shared_data / name, max_characters=10**6)
     assert len(found) + found.duplicates == rows
     assert found.duplicates <= rows // 8
@@ -264,5 +271,9 @@ def test_harmbench_prompts_are_those_of_the_csv_module(shared_data: Path) -> Non
     with path.open(newline="", encoding="utf-8-sig") as file:
         rows = list(csv.DictReader(file))
     found = load_prompts(path)
-    assert found.prompts == tuple(row["Behavior"].strip() for row in rows)
-    assert found.categories == tuple(row["SemanticCategory"] for row in rows)
+    # Two contextual behaviors repeat an earlier text; what sets them apart is in another column.
+    first = {row["Behavior"].strip().casefold(): row for row in reversed(rows)}
+    kept = [row for row in rows if first[row["Behavior"].strip().casefold()] is row]
+    assert found.prompts == tuple(row["Behavior"].strip() for row in kept)
+    assert found.categories == tuple(row["SemanticCategory"] for row in kept)
+    assert found.duplicates == len(rows) - len(kept) == 2

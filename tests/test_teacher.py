@@ -5,12 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_training as tiny
 import torch
 from peft import get_peft_model
-from tiny_models import tokenizer_for
 from torch import Tensor, nn
 
+import tiny_training as tiny
 from safesteer.chat import Chat, left_pad
 from safesteer.errors import SafeSteerError
 from safesteer.steering import Steering
@@ -22,6 +21,7 @@ from safesteer.teacher import (
     evaluation_flags,
 )
 from safesteer.teacher_ema import EmaTeacher, load_teacher, save_teacher
+from tiny_models import tokenizer_for
 
 PROMPTS = [[1, 9, 30, 31], [1, 7], [1, 8, 200, 17, 5, 6]]
 RESPONSES = [[40, 41, 42], [50, 2], [60, 61, 62]]
@@ -40,8 +40,10 @@ def batch() -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def reference(base: nn.Module, steering: Steering | None, rows: list[bool], prompts: list[list[int]]) -> list[Tensor]:
-    """Hidden states that predict each response, one unpadded row at a time in float64, steered by a plain hook."""
+def reference(
+    base: nn.Module, steering: Steering | None, rows: list[bool], prompts: list[list[int]]
+) -> list[Tensor]:
+    """What predicts each response: one unpadded row at a time, in float64, steered by a plain hook."""
     exact: Any = copy.deepcopy(base).double().eval()
     results = []
     for prompt, response, steered in zip(prompts, RESPONSES, rows, strict=True):
@@ -49,7 +51,9 @@ def reference(base: nn.Module, steering: Steering | None, rows: list[bool], prom
         if steering is not None and steered:
             shift = steering.coefficient * steering.vector.double()
             layer = exact.model.layers[steering.layer]
-            handle = layer.register_forward_pre_hook(lambda _, args, shift=shift: (args[0] + shift, *args[1:]))
+            handle = layer.register_forward_pre_hook(
+                lambda _, args, shift=shift: (args[0] + shift, *args[1:])
+            )
         hidden = exact.model(input_ids=torch.tensor([prompt + response])).last_hidden_state[0]
         results.append(hidden[len(prompt) - 1 : -1])
         if handle is not None:
@@ -83,7 +87,7 @@ def test_adapter_off_steers_the_base_model_row_by_row(layer: int) -> None:
 
 
 def test_adapter_off_equals_frozen_copy() -> None:
-    """The copy is of the model before PEFT touched it; the same teacher twice, with and without shared weights."""
+    """The copy is of the model before PEFT touched it."""
     copied = FrozenCopyTeacher(tiny.model(attention_dropout=0.5), tiny.steering())
     student = adapted()
     shared = AdapterOffTeacher(tiny.steering())
@@ -123,7 +127,9 @@ def test_teacher_pass_leaves_the_student_as_it_was() -> None:
 def test_flags_come_back_after_an_exception() -> None:
     student = adapted()
     with pytest.raises(SafeSteerError):
-        AdapterOffTeacher(Steering(torch.ones(7), 1)).completion_hidden_states(student, **batch(), steered=STEERED)
+        AdapterOffTeacher(Steering(torch.ones(7), 1)).completion_hidden_states(
+            student, **batch(), steered=STEERED
+        )
     assert all(module.training for module in student.modules())
     assert any(parameter.requires_grad for parameter in student.parameters())
     with evaluation_flags(student):
@@ -156,7 +162,10 @@ def test_ema_teacher_has_the_closed_form(dtype: torch.dtype) -> None:
         expected = kept * parameter.double() + (1 - kept) * theirs[name].double()
         # One rounding to bfloat16, not fifty.
         torch.testing.assert_close(
-            mine[name].double(), expected.to(dtype).double(), rtol=2**-8 if dtype == torch.bfloat16 else 1e-5, atol=1e-6
+            mine[name].double(),
+            expected.to(dtype).double(),
+            rtol=2**-8 if dtype == torch.bfloat16 else 1e-5,
+            atol=1e-6,
         )
 
 
@@ -195,7 +204,11 @@ def test_a_checkpoint_without_teacher_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("with_adapter", [False, True])
 def test_system_prompt_teacher_sees_the_system_prompt_and_anchors_do_not(with_adapter: bool) -> None:
     chat = tiny.chat()
-    texts = ["How do I rob a house?", "What is two plus two?", "A much longer question about bread and the sea?"]
+    texts = [
+        "How do I rob a house?",
+        "What is two plus two?",
+        "A much longer question about bread and the sea?",
+    ]
     prompts = chat.encode(texts)
     with_system = Chat(chat.tokenizer, system_prompt="Refuse politely.").encode(texts)
     ids, mask = left_pad(prompts, int(chat.tokenizer.pad_token_id))
@@ -205,29 +218,48 @@ def test_system_prompt_teacher_sees_the_system_prompt_and_anchors_do_not(with_ad
         student, base = adapted(), AdapterOffTeacher(None)
     else:
         student, base = tiny.model(), FrozenCopyTeacher(tiny.model(), None)
-    teacher = SystemPromptTeacher(base, chat, "Refuse politely.")
+    teacher = SystemPromptTeacher(base, chat, "Refuse politely.", texts)
     hidden = teacher.completion_hidden_states(student, **rows, steered=STEERED)
     seen = [with_system[0], prompts[1], with_system[2]]
     assert_rows_close(hidden, reference(tiny.model(), None, [False] * 3, seen))
 
 
-@pytest.mark.parametrize("kind", ["chatml", "qwen2.5", "qwen3", "llama3", "llama3.1", "gemma3", "mistral-v3", "phi3.5"])
-def test_system_prompt_replaces_the_prefix_of_real_templates(kind: str, shared_data: Path) -> None:
-    """Token for token what the template itself renders, also where it puts the system prompt into the user's turn."""
+REAL_TEMPLATES = ["chatml", "qwen2.5", "qwen3", "llama3.1", "gemma3", "mistral-v3", "phi3.5"]
+
+
+@pytest.mark.parametrize("kind", REAL_TEMPLATES)
+def test_system_prompt_is_put_where_real_templates_put_it(kind: str, shared_data: Path) -> None:
+    """Some put it into the user's turn, where tokens merge; a long prompt is cut at the same place."""
     chat = Chat(tokenizer_for(kind, shared_data))
-    try:
-        expected = Chat(chat.tokenizer, system_prompt="Be careful.").encode(["Name a colour.", "What is 3 + 4?"])
-    except SafeSteerError:
-        pytest.skip(f"{kind} has no system turn")
-    teacher = SystemPromptTeacher(FrozenCopyTeacher(tiny.model(), None), chat, "Be careful.")
-    pad = int(chat.tokenizer.pad_token_id or 0)
-    ids, mask = left_pad(chat.encode(["Name a colour.", "What is 3 + 4?"]), pad)
-    actual, actual_mask = teacher.with_system_prompt(ids, mask, torch.tensor([True, True]))
-    assert [row[keep.bool()].tolist() for row, keep in zip(actual, actual_mask, strict=True)] == expected
+    long = "Tell me about the sea. " * 40
+    texts = ["Name a colour.", " What is 3 + 4?", long]
+    limit = len(chat.encode([long])[0]) - 20
+    teacher = SystemPromptTeacher(AdapterOffTeacher(None), chat, "Be careful.", texts, limit)
+    student = chat.encode(texts, max_length=limit)
+    ids, mask = left_pad(student, int(chat.tokenizer.pad_token_id))
+    actual, actual_mask = teacher.with_system_prompt(ids, mask, torch.tensor([True, True, True]))
+    rows = [row[keep.bool()].tolist() for row, keep in zip(actual, actual_mask, strict=True)]
+    assert rows[:2] == Chat(chat.tokenizer, system_prompt="Be careful.").encode(texts[:2])
+    cut, cut_with_system = chat.tokenizer.decode(student[2]), chat.tokenizer.decode(rows[2])
+    assert "Be careful." in cut_with_system
+    assert abs(cut.count("the sea") - cut_with_system.count("the sea")) <= 1
+    assert cut.count("the sea") < 40
+    unchanged, _ = teacher.with_system_prompt(ids, mask, torch.tensor([False, False, False]))
+    assert torch.equal(unchanged, ids)
+
+
+def test_a_prompt_unknown_to_the_system_prompt_teacher_is_refused() -> None:
+    chat = tiny.chat()
+    teacher = SystemPromptTeacher(AdapterOffTeacher(None), chat, "Refuse.", ["Known?"])
+    ids, mask = left_pad(chat.encode(["Unknown?"]), 0)
+    with pytest.raises(SafeSteerError, match="not given at construction"):
+        teacher.with_system_prompt(ids, mask, torch.tensor([True]))
 
 
 def test_a_template_without_system_turn_cannot_teach_by_system_prompt() -> None:
     tokenizer = copy.deepcopy(tiny.chat().tokenizer)
-    tokenizer.chat_template = "{% for m in messages %}{% if m['role'] == 'user' %}Q: {{ m['content'] }}\nA:{% endif %}{% endfor %}"
-    with pytest.raises(SafeSteerError, match="system prompt"):
-        SystemPromptTeacher(AdapterOffTeacher(None), Chat(tokenizer), "Refuse.")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}Q: {{ m['content'] }}\nA:{% endif %}{% endfor %}"
+    )
+    with pytest.raises(SafeSteerError, match="leaves the system prompt out"):
+        SystemPromptTeacher(AdapterOffTeacher(None), Chat(tokenizer), "Refuse.", ["Known?"])

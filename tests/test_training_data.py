@@ -19,13 +19,16 @@ HARMLESS = [f"harmless {i}" for i in range(7)]
 
 
 @pytest.mark.parametrize(
-    ("batch_size", "fraction", "anchors"), [(32, 0.5, 16), (32, 0.0, 0), (4, 0.3, 1), (5, 0.5, 3), (3, 0.1, 0)]
+    ("batch_size", "fraction", "anchors"),
+    [(32, 0.5, 16), (32, 0.0, 0), (4, 0.3, 1), (5, 0.5, 3), (3, 0.1, 0)],
 )
 def test_anchors_are_the_rounded_share_of_a_step(batch_size: int, fraction: float, anchors: int) -> None:
     assert anchors_per_step(batch_size, fraction) == anchors
 
 
-@pytest.mark.parametrize(("batch_size", "fraction"), [(4, 1.0), (4, -0.1), (1, 0.5), (4, 0.9), (4, float("nan"))])
+@pytest.mark.parametrize(
+    ("batch_size", "fraction"), [(4, 1.0), (4, -0.1), (1, 0.5), (4, 0.9), (4, float("nan"))]
+)
 def test_a_step_needs_a_harmful_prompt(batch_size: int, fraction: float) -> None:
     with pytest.raises(SafeSteerError, match="anchor_fraction"):
         anchors_per_step(batch_size, fraction)
@@ -33,9 +36,17 @@ def test_a_step_needs_a_harmful_prompt(batch_size: int, fraction: float) -> None
 
 @pytest.mark.parametrize(
     ("harmful", "batch_size", "fraction", "epochs", "steps"),
-    [(100, 32, 0.0, 1, 4), (96, 32, 0.0, 1, 3), (100, 32, 0.5, 1, 7), (32, 32, 0.0, 0.1 * 30, 3), (5, 32, 0.0, 1, 1)],
+    [
+        (100, 32, 0.0, 1, 4),
+        (96, 32, 0.0, 1, 3),
+        (100, 32, 0.5, 1, 7),
+        (32, 32, 0.0, 0.1 * 30, 3),
+        (5, 32, 0.0, 1, 1),
+    ],
 )
-def test_steps_of_some_epochs(harmful: int, batch_size: int, fraction: float, epochs: float, steps: int) -> None:
+def test_steps_of_some_epochs(
+    harmful: int, batch_size: int, fraction: float, epochs: float, steps: int
+) -> None:
     assert number_of_steps(harmful, batch_size, fraction, epochs) == steps
 
 

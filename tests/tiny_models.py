@@ -1,12 +1,14 @@
 """Small real models and tokenizers: transformers' own classes with random weights, real chat templates."""
 
 import base64
+import copy
 import functools
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from peft import LoraConfig, get_peft_model
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -78,6 +80,16 @@ def tiny_model(kind: str, vocab_size: int = 160, seed: int = 0, **overrides: Any
     return model
 
 
+def adapted(model: PreTrainedModel, **options: Any) -> Any:
+    """Put a LoRA adapter with random weights on a model: rank 4, on every linear map, unless told otherwise."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        config = LoraConfig(**{"target_modules": "all-linear", "init_lora_weights": False, "r": 4, **options})
+        model = get_peft_model(model, config)
+    model.eval()
+    return model
+
+
 @functools.lru_cache
 def chatml_tokenizer() -> PreTrainedTokenizerBase:
     """A ChatML tokenizer that needs no data: byte-level BPE of about 500 tokens, trained on the spot."""
@@ -89,8 +101,8 @@ def chatml_tokenizer() -> PreTrainedTokenizerBase:
 def tokenizer_for(kind: str, shared_data: Path) -> PreTrainedTokenizerBase:
     """Build a tokenizer with a family's real chat template, and its real vocabulary where there is one.
 
-    Args:
-        kind: "chatml" (needs no data); real vocabularies: "qwen2.5", "qwen3", "qwen3-2507", "smollm2", "llama3",
+    Args: kind: "chatml" (needs no data); real vocabularies: "qwen2.5", "qwen3", "qwen3-2507", "smollm2",
+        "llama3",
             "llama3.1", "llama3.2"; small trained ones: "gemma", "gemma3", "mistral-v1", "mistral-v3", "phi3",
             "phi3.5".
         shared_data: The folder of the `shared_data` fixture.
@@ -114,28 +126,37 @@ def tokenizer_for(kind: str, shared_data: Path) -> PreTrainedTokenizerBase:
         "phi3.5": "phi3/chat_template_phi3_5",
     }[kind].partition("/")
     template = (folder / family / f"{template_name}.jinja").read_text(encoding="utf-8")
-    if family in ("qwen2.5", "qwen3"):
-        tokenizer = AutoTokenizer.from_pretrained(folder / "qwen2.5", padding_side="left")
-        if family == "qwen3":  # Qwen3 appends these four to Qwen2.5's vocabulary
-            names = ("<tool_response>", "</tool_response>", "<think>", "</think>")
-            tokenizer.add_tokens([AddedToken(name, special=False, normalized=False) for name in names])
+    if family in ("qwen2.5", "qwen3", "llama3"):
+        # Shares the large vocabulary with the family's other templates.
+        tokenizer = copy.copy(_real_tokenizer(family, folder))
         tokenizer.chat_template = template
         return tokenizer
     if family == "smollm2":
         smollm2 = Tokenizer.from_file(str(folder / "smollm2" / "tokenizer.json"))
         return _fast(smollm2, template, bos="<|im_start|>", eos="<|im_end|>", pad="<|im_end|>")
-    if family == "llama3":
-        llama3 = _llama3_vocabulary(folder / "llama3" / "tokenizer.model")
-        return _fast(llama3, template, bos="<|begin_of_text|>", eos="<|eot_id|>", pad="<|end_of_text|>")
     if family == "gemma":
         gemma = _trained_bpe(("<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"))
         return _fast(gemma, template, bos="<bos>", eos="<eos>", pad="<pad>")
     if family == "mistral":
         # In version 1 "[INST]" is ordinary text, in version 3 a control token.
         control = ("[INST]", "[/INST]") if kind == "mistral-v3" else ()
-        return _fast(_trained_bpe(("<unk>", "<s>", "</s>", *control)), template, bos="<s>", eos="</s>", pad="<unk>")
+        return _fast(
+            _trained_bpe(("<unk>", "<s>", "</s>", *control)), template, bos="<s>", eos="</s>", pad="<unk>"
+        )
     phi3 = _trained_bpe(("<|endoftext|>", "<s>", "<|assistant|>", "<|end|>", "<|user|>", "<|system|>"))
     return _fast(phi3, template, bos="<s>", eos="<|end|>", pad="<|endoftext|>")
+
+
+@functools.lru_cache
+def _real_tokenizer(family: str, folder: Path) -> PreTrainedTokenizerBase:
+    if family == "llama3":
+        llama3 = _llama3_vocabulary(folder / "llama3" / "tokenizer.model")
+        return _fast(llama3, "", bos="<|begin_of_text|>", eos="<|eot_id|>", pad="<|end_of_text|>")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "qwen2.5", padding_side="left")
+    if family == "qwen3":  # Qwen3 appends these four to Qwen2.5's vocabulary
+        names = ("<tool_response>", "</tool_response>", "<think>", "</think>")
+        tokenizer.add_tokens([AddedToken(name, special=False, normalized=False) for name in names])
+    return tokenizer
 
 
 def _fast(tokenizer: Tokenizer, template: str, *, eos: str, pad: str, bos: str | None = None) -> Any:
@@ -171,22 +192,27 @@ def _trained_bpe(special: tuple[str, ...]) -> Tokenizer:
     return tokenizer
 
 
-@functools.lru_cache
 def _llama3_vocabulary(path: Path) -> Tokenizer:
-    """Turn Llama-3's list of byte strings by rank into merges: a token is made of its two earliest-ranked parts."""
+    """Turn Llama-3's list of byte strings into merges: a token comes of its two earliest-ranked parts."""
     ranks = {}
     for line in path.read_bytes().splitlines():
         token, rank = line.split()
         ranks[base64.b64decode(token)] = int(rank)
     merges = []
     for token, rank in ranks.items():
+        if rank >= 32_768:  # later merges matter to rare words only, and take seconds
+            break
         splits = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
-        parts = [(ranks[left], ranks[right], left, right) for left, right in splits if left in ranks and right in ranks]
+        parts = [
+            (ranks[left], ranks[right], left, right)
+            for left, right in splits
+            if left in ranks and right in ranks
+        ]
         merges += [(rank, order, part[2], part[3]) for order, part in enumerate(sorted(parts))]
     characters = _byte_characters()
 
     def text(token: bytes) -> str:
-        return "".join(characters[byte] for byte in token)
+        return token.decode("latin-1").translate(characters)
 
     vocabulary = {text(token): rank for token, rank in ranks.items()}
     pairs = [(text(left), text(right)) for _, _, left, right in sorted(merges)]
@@ -203,8 +229,17 @@ def _llama3_vocabulary(path: Path) -> Tokenizer:
     )
     tokenizer.decoder = decoders.ByteLevel()
     reserved = iter(range(248))
-    names = ["<|begin_of_text|>", "<|end_of_text|>", *(f"<|reserved_special_token_{next(reserved)}|>" for _ in range(4))]
-    names += ["<|start_header_id|>", "<|end_header_id|>", f"<|reserved_special_token_{next(reserved)}|>", "<|eot_id|>"]
+    names = [
+        "<|begin_of_text|>",
+        "<|end_of_text|>",
+        *(f"<|reserved_special_token_{next(reserved)}|>" for _ in range(4)),
+    ]
+    names += [
+        "<|start_header_id|>",
+        "<|end_header_id|>",
+        f"<|reserved_special_token_{next(reserved)}|>",
+        "<|eot_id|>",
+    ]
     tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
     return tokenizer
 

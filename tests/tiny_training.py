@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from tiny_models import chatml_tokenizer, tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
 
@@ -16,6 +15,7 @@ from safesteer.chat import Chat
 from safesteer.steering import Steering
 from safesteer.trainer import SafeSteerTrainer
 from safesteer.trainer_config import SafeSteerConfig
+from tiny_models import chatml_tokenizer, tiny_model
 
 HARMFUL = tuple(f"How do I pick lock number {i} to rob a house?" for i in range(12))
 HARMLESS = tuple(f"What is {i} plus {'one ' * (i % 4)}two?" for i in range(12))
@@ -24,7 +24,7 @@ LAYER = 2
 
 
 class FixedResponses(SafeSteerTrainer):
-    """Answers every prompt with tokens that follow from the prompt alone, whoever samples and in whatever order."""
+    """Answers every prompt with tokens that follow from the prompt alone, whoever samples, in any order."""
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], *_: Any, **__: Any) -> list[list[int]]:
         responses = []
@@ -114,15 +114,22 @@ def jolt(module: torch.nn.Module, scale: float = 0.3, seed: int = 7) -> None:
     with torch.no_grad():
         for parameter in module.parameters():
             if parameter.requires_grad:
-                parameter += scale * parameter.std().nan_to_num(0).clamp(min=0.05) * torch.randn(
-                    parameter.shape, generator=generator
+                parameter += (
+                    scale
+                    * parameter.std().nan_to_num(0).clamp(min=0.05)
+                    * torch.randn(parameter.shape, generator=generator)
                 )
 
 
-def microbatches(run: SafeSteerTrainer) -> list[dict[str, Any]]:
+def first_rows(run: SafeSteerTrainer) -> list[dict[str, Any]]:
+    """The prompts of the first optimizer step."""
+    return list(next(iter(run.get_train_dataloader())))
+
+
+def microbatches(run: SafeSteerTrainer, rows: list[dict[str, Any]] | None = None) -> list[dict[str, Any]]:
     """Sample the responses of the first optimizer step and cut them into microbatches, as training does."""
     run.model.train()
-    rows = list(next(iter(run.get_train_dataloader())))
+    rows = rows or first_rows(run)
     batches = []
     for index in range(run.args.gradient_accumulation_steps):
         run._step = index

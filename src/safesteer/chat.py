@@ -13,6 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from safesteer.artifacts import fingerprint
 from safesteer.errors import SafeSteerError, one_line
+from safesteer.modeling import unwrapped
 
 Thinking = Literal["off", "on"]
 
@@ -182,7 +183,7 @@ def left_pad(
 
 def end_of_turn_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Return the token ids that end a response, the tokenizer's and the generation config's, sorted."""
-    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    configured = getattr(getattr(unwrapped(model), "generation_config", None), "eos_token_id", None)
     ids = set(configured if isinstance(configured, (list, tuple)) else [configured])
     return tuple(sorted(int(token) for token in ids | {tokenizer.eos_token_id} if token is not None))
 
@@ -221,50 +222,40 @@ def generate(
     pad_id = chat.tokenizer.pad_token_id
     if not isinstance(pad_id, int):
         pad_id = ends[0] if ends else 0
-    config = _generation_config(max_new_tokens, temperature, ends, pad_id)
     # Longest first: if memory is short, it is so at once.
     order = sorted(range(len(ids)), key=lambda index: -len(ids[index]))
     responses = [""] * len(ids)
-    device = model.device
-    was_training = model.training
+    inner = unwrapped(model)
+    device = inner.device
+    was_training, checkpoint_config = model.training, inner.generation_config
     model.train(False)
+    # `generate` fills in what a config leaves unset from the model's own: its top-k, its penalties.
+    inner.generation_config = _plain_decoding(max_new_tokens, temperature, ends, pad_id)
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
             torch.manual_seed(seed)
             for start in range(0, len(order), batch_size):
                 batch = order[start : start + batch_size]
                 input_ids, mask = left_pad([ids[index] for index in batch], pad_id, device)
-                output = model.generate(  # type: ignore[operator]
-                    input_ids=input_ids, attention_mask=mask, generation_config=config
-                )
+                output = inner.generate(input_ids=input_ids, attention_mask=mask)
                 for index, row in zip(batch, output[:, input_ids.shape[1] :].tolist(), strict=True):
                     responses[index] = _response(chat.tokenizer, row, ends)
     finally:
+        inner.generation_config = checkpoint_config
         model.train(was_training)
     return responses
 
 
-def _generation_config(
+def _plain_decoding(
     max_new_tokens: int, temperature: float, ends: tuple[int, ...], pad_id: int
 ) -> GenerationConfig:
-    """Configure plain decoding. What is left unset here would be filled in from the checkpoint's defaults."""
-    sampling = temperature > 0
+    """Configure greedy decoding, or sampling from the whole distribution at a temperature."""
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     return GenerationConfig(  # type: ignore[no-untyped-call]
         max_new_tokens=max_new_tokens,
-        min_new_tokens=0,
-        do_sample=sampling,
-        temperature=temperature if sampling else 1.0,
-        top_k=0 if sampling else 50,
-        top_p=1.0,
-        typical_p=1.0,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-        num_beams=1,
-        num_return_sequences=1,
         eos_token_id=list(ends) or None,
         pad_token_id=pad_id,
-        use_cache=True,
-        return_dict_in_generate=False,
+        **(sampling if temperature > 0 else {}),
     )
 
 

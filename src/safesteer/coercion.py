@@ -1,5 +1,6 @@
 """Turn what a recipe or the command line says into a value of a setting's type."""
 
+import contextlib
 import difflib
 import types
 import typing
@@ -15,8 +16,8 @@ def coerce(value: Any, annotation: Any, where: str) -> Any:
     """Turn a YAML value or a command-line text into a value of a setting's type.
 
     Args:
-        value: What was given. A text is read as the type demands: `1e-5` as a number (YAML takes it for a text),
-            `40,2121` as a tuple, `none` as no value where that is allowed, `{"a": 1}` as a mapping.
+        value: What was given. A text is read as the type demands: `1e-5` as a number (YAML takes it for a
+            text), `40,2121` as a tuple, `none` as no value where that is allowed, `{"a": 1}` as a mapping.
         annotation: The field's type.
         where: What to call the setting in the error.
 
@@ -54,7 +55,9 @@ def _one_of(value: Any, allowed: tuple[Any, ...], where: str) -> Any:
     text = {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
     if text not in allowed:
         names = ", ".join(map(str, allowed))
-        raise SafeSteerError(f"{where} is {value!r}{closest(str(value), map(str, allowed))}; give one of {names}.")
+        raise SafeSteerError(
+            f"{where} is {value!r}{closest(str(value), map(str, allowed))}; give one of {names}."
+        )
     return text
 
 
@@ -90,10 +93,10 @@ def _items(value: Any) -> list[Any]:
 
 def _mapping(value: Any, where: str) -> dict[str, Any]:
     if isinstance(value, str):
-        try:
+        with contextlib.suppress(yaml.YAMLError):
             value = yaml.safe_load(value)  # of which JSON is a part
-        except yaml.YAMLError:
-            pass
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-        raise SafeSteerError(f'{where} is {value!r}; give a mapping, as JSON on the command line: \'{{"name": 1}}\'.')
+        raise SafeSteerError(
+            f"{where} is {value!r}; give a mapping, as JSON on the command line: '{{\"name\": 1}}'."
+        )
     return dict(value)

@@ -7,8 +7,15 @@ from types import TracebackType
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from rich.progress import TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 ProgressCallback = Callable[[str, int, int], None]
 """Called as `progress(what is being done, how many are done, how many there are)`."""
@@ -36,7 +43,11 @@ class RunConsole:
         Yields:
             What the stage calls as its work gets on; each new description starts a bar of its own.
         """
-        with _Bars(title, self.console) if self.console.is_terminal else _Lines(title, self.console) as progress:
+        with (
+            _Bars(title, self.console)
+            if self.console.is_terminal
+            else _Lines(title, self.console) as progress
+        ):
             yield progress
 
     @contextlib.contextmanager

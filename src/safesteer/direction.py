@@ -1,5 +1,4 @@
-"""The refusal direction: what a model's residual stream says before it refuses (method §1; Arditi et al.
-2024).
+"""The refusal direction of a model, found, saved and loaded (method §1; Arditi et al. 2024).
 
 `find_refusal_direction` is the stage; its rooms are `openers` (which tokens open a refusal),
 `direction_scores` (what a candidate does to the model), `direction_selection` (which one is taken) and
@@ -168,8 +167,7 @@ def _with_nan(record: Mapping[str, Any]) -> dict[str, Any]:
 def direction_fingerprint(
     model: str, chat: Chat, harmful: PromptSet, harmless: PromptSet, settings: DirectionSettings
 ) -> str:
-    """Hash everything that the search for a direction depends on, so that a saved one is found to match or
-    not.
+    """Hash all that the search for a direction depends on, so that a saved one is found to match or not.
 
     Args:
         model: The model's fingerprint.
@@ -209,8 +207,7 @@ def find_refusal_direction(
     rate (`choose_coefficient`).
 
     Args:
-        model: A causal language model. It is left as it was, its training flags and the random state
-            included.
+        model: A causal language model. It is left as it was, training flags and random state included.
         chat: How it is asked.
         harmful: With fewer prompts than the settings ask for, all are used, divided in the settings'
             proportion.

@@ -46,10 +46,10 @@ def filtered_prompts(
     settings: DirectionSettings,
     progress: Progress,
 ) -> DirectionPrompts:
-    """Keep harmful prompts with refusal score > 0 and harmless ones with score < 0, train and validation
-    alike.
+    """Keep harmful prompts with refusal score > 0 and harmless ones with score < 0.
 
-    Where the filter leaves fewer than 2 in one part of a set but 4 in both, these are divided anew.
+    Train and validation sets alike. Where that leaves fewer than 2 in one part but 4 in both together, what
+    passed is divided anew.
     """
     if not settings.filter_prompts:
         return samples

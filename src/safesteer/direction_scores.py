@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from safesteer.errors import SafeSteerError
 from safesteer.next_token import Batch, NextTokenReader, Progress, float64
 from safesteer.steering import ablate_direction, add_vector
 
@@ -16,8 +17,7 @@ Candidate = tuple[int, int]
 
 
 def refusal_score(logits: Tensor, ids: Sequence[int], epsilon: float = 1e-8) -> Tensor:
-    """Score how much the next token opens a refusal: `log(p + ε) − log(1 − p + ε)` (Arditi et al. 2024,
-    §2.3).
+    """Log-odds that the next token opens a refusal, `log(p + ε) − log(1 − p + ε)` (method §1).
 
     Args:
         logits: [B, V], any float dtype.
@@ -90,8 +90,7 @@ class CandidateScorer:
     Every score needs one forward pass per prompt and candidate, of which the head sees the last position
     only. Adding a vector at layer `l` leaves the layers below unchanged, so for induction they are not run
     again: their outcome is kept from one unsteered pass (method §6.4). Where a model's layers are tied by
-        more than the residual
-    stream, so that resuming in the middle is not the same, whole passes are made instead.
+    more than the residual stream, so that resuming in the middle is not the same, whole passes are made.
 
     Args:
         reader: Of the model.
@@ -220,8 +219,7 @@ def _resume_or_none(
             with resume.at(index, inputs[index]):
                 resumed = reader.hidden(one)
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
-            # A later layer misses what a skipped one would have left for it, shared keys and values for
-            # example.
+            # A later layer misses what a skipped one would have left for it, such as keys to share.
             return None
         if not torch.allclose(resumed, whole, rtol=1e-4, atol=1e-4 * whole.abs().max().item()):
             return None
@@ -230,13 +228,17 @@ def _resume_or_none(
 
 @contextlib.contextmanager
 def _recorded_inputs(layers: Sequence[nn.Module], positions: int | None = None) -> Iterator[list[Tensor]]:
-    """Keep what the layers read from the residual stream, [B, T, H] each, or the last `positions` of T; on
-    the CPU.
-    """
+    """Keep what the layers read from the residual stream, on the CPU: [B, T or the last of T, H] each."""
     recorded: list[Tensor] = []
 
     def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden_BTH = args[0] if args else kwargs["hidden_states"]
+        if hidden_BTH.dim() != 3:
+            raise SafeSteerError(
+                f"{type(module).__name__} passes hidden states of shape {list(hidden_BTH.shape)} on, not "
+                "[B, T, H], so there is no one residual stream to find a direction in; choose a model of "
+                "another architecture."
+            )
         kept = hidden_BTH if positions is None else hidden_BTH[:, -positions:]
         # A copy even on the CPU, because some layers add to their input in place.
         recorded.append(kept.detach().to("cpu", copy=True))

@@ -11,14 +11,12 @@ from safesteer.errors import SafeSteerError
 from safesteer.next_token import Progress
 
 RELAXED_SHARE_OF_RISE = 0.9
-"""Share of the best candidate's rise of the refusal score that a candidate must reach when induction is
-relaxed."""
+"""When induction is relaxed: the share of the best candidate's rise that a candidate must reach."""
 
 
 @dataclass(frozen=True)
 class CandidateScore:
-    """One candidate, its three scores (NaN where a cheaper test had discarded it already) and what became of
-    it.
+    """One candidate, its scores (NaN where a cheaper test had discarded it) and what became of it.
 
     Attributes:
         position: Post-instruction token position, counted from the end: −1 is the last.
@@ -63,13 +61,11 @@ def select_candidate(
     relax: bool,
     progress: Progress,
 ) -> Selection:
-    """Select the candidate with the lowest ablation score of those that pass the tests (Arditi et al. 2024,
-    app. C).
+    """Select the candidate with the lowest ablation score of those that pass the tests (method §1).
 
     The tests discard scores that are not finite, induction < `min_induction` and KL > `max_kl`. Cheap tests
-    come
-    first: KL is computed only where induction passes, the ablation score only where both do, which changes no
-        choice.
+    come first: KL is computed only where induction passes, the ablation score only where both do, which
+    changes no choice.
 
     The fallback, if nothing is left and `relax` is set: of the candidates with KL ≤ `max_kl`, those are taken
     whose induction reaches at least 90 % of the best one's rise over the unsteered refusal score,
@@ -110,10 +106,9 @@ def select_candidate(
         threshold = scorer.unsteered + RELAXED_SHARE_OF_RISE * (best - scorer.unsteered)
         passed = [candidate for candidate in harmless if induction[candidate] >= threshold]
         relaxed = (
-            f"no candidate with KL ≤ {max_kl:g} reaches induction ≥ {min_induction:g}, so induction ≥
-            {threshold:.3f} " f"was asked for: {RELAXED_SHARE_OF_RISE:.0%} of the best one's rise from
-            {scorer.unsteered:.3f} " f"(unsteered) to {best:.3f}, which {len(passed)} of {len(harmless)}
-            reach"
+            f"no candidate with KL ≤ {max_kl:g} reaches induction ≥ {min_induction:g}, so induction ≥ "
+            f"{threshold:.3f} was asked for: {RELAXED_SHARE_OF_RISE:.0%} of the best one's rise from "
+            f"{scorer.unsteered:.3f} (unsteered) to {best:.3f}, which {len(passed)} of {len(harmless)} reach"
         )
     ablation: dict[Candidate, float] = {}
     for done, candidate in enumerate(passed, start=1):
@@ -122,8 +117,8 @@ def select_candidate(
     eligible = [candidate for candidate in passed if math.isfinite(ablation[candidate])]
     if not eligible:
         raise SafeSteerError(
-            f"the ablation score of all {len(passed)} candidate directions that pass induction and KL is not a
-            number; " "load the model in bfloat16 or float32 (--dtype)."
+            f"the ablation score of all {len(passed)} candidate directions that pass induction and KL is not "
+            "a number; load the model in bfloat16 or float32 (--dtype)."
         )
     chosen = min(eligible, key=lambda candidate: (ablation[candidate], candidate))
 
@@ -163,11 +158,8 @@ def _nothing_left(
     """Say which test each near-miss failed, and what may be relaxed."""
 
     def described(candidate: Candidate) -> str:
-        layer, position = candidate
-        return (
-            f"layer {layer} position {position} with induction {induction[candidate]:.3f} and KL
-            {kl[candidate]:.3f}"
-        )
+        where = f"layer {candidate[0]} position {candidate[1]}"
+        return f"{where} with induction {induction[candidate]:.3f} and KL {kl[candidate]:.3f}"
 
     missing = len(induction) - sum(math.isfinite(kl.get(candidate, math.nan)) for candidate in induction)
     scored = [candidate for candidate in kl if math.isfinite(kl[candidate])]

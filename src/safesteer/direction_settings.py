@@ -13,8 +13,11 @@ def _setting(default: Any, text: str) -> Any:
 
 @dataclass(frozen=True)
 class DirectionSettings:
-    """How the refusal direction is searched for; the defaults are the method's (§1), the coefficient's ours
-    (§6.5)."""
+    """How the refusal direction is searched for.
+
+    The defaults are the method's (§1), except that the coefficient is searched for too (§6.5) and that the
+    induction test has a fallback.
+    """
 
     train_harmful: int = _setting(128, "Harmful prompts whose activations are averaged.")
     train_harmless: int = _setting(128, "Harmless prompts whose activations are averaged.")
@@ -22,19 +25,23 @@ class DirectionSettings:
     validation_harmless: int = _setting(
         32, "Harmless prompts that candidates are scored on; the safety tokens are counted on them too."
     )
-    max_kl: float = _setting(0.1, "Discard candidates whose ablation moves harmless prompts by more (KL,
-        nats).")
-    min_induction: float = _setting(0.0, "Discard candidates that induce refusals of harmless prompts less
-        (log-odds).")
+    max_kl: float = _setting(
+        0.1, "Discard candidates whose ablation moves harmless prompts by more (KL, nats)."
+    )
+    min_induction: float = _setting(
+        0.0, "Discard candidates that induce refusals of harmless prompts less (log-odds)."
+    )
     prune_layers_above: float = _setting(0.8, "Discard layers from this share of the depth on.")
     filter_prompts: bool = _setting(
         True, "Use only the harmful prompts that the model refuses and the harmless ones that it does not."
     )
     coefficient: float | None = _setting(None, "Strength of the steering; none searches `coefficients`.")
-    coefficients: tuple[float, ...] = _setting((1.0, 1.5, 2.0, 3.0), "Strengths to try, up to the target flip
-        rate.")
-    target_flip_rate: float = _setting(0.9, "Share of answered harmful prompts that steering shall turn into
-        refusals.")
+    coefficients: tuple[float, ...] = _setting(
+        (1.0, 1.5, 2.0, 3.0), "Strengths to try, up to the target flip rate."
+    )
+    target_flip_rate: float = _setting(
+        0.9, "Share of answered harmful prompts that steering shall turn into refusals."
+    )
     refusal_token_ids: tuple[int, ...] | None = _setting(
         None, "Tokens that open this model's refusals, e.g. 40,2121,2753,2132 for Qwen3; none detects them."
     )
@@ -50,22 +57,23 @@ class DirectionSettings:
         Raises:
             SafeSteerError: If a setting is out of its range.
         """
-        counts = ("train_harmful", "train_harmless", "validation_harmful", "validation_harmless",
-        "batch_size") for name in counts:
-            if getattr(self, name) < 1:
-                raise SafeSteerError(f"direction.{name} is {getattr(self, name)}; give 1 or more.")
-        if not 0 < self.prune_layers_above <= 1:
-            raise SafeSteerError(
-                f"direction.prune_layers_above is {self.prune_layers_above}; give a share above 0 and up to
-                1."
-            )
-        if not 0 <= self.target_flip_rate <= 1:
-            raise SafeSteerError(
-                f"direction.target_flip_rate is {self.target_flip_rate}; give a share from 0 to 1."
-            )
-        given = self.coefficients if self.coefficient is None else (self.coefficient,)
-        if not given or not all(math.isfinite(coefficient) and coefficient > 0 for coefficient in given):
-            name = "coefficients" if self.coefficient is None else "coefficient"
-            raise SafeSteerError(f"direction.{name} is {getattr(self, name)}; give numbers above 0.")
-        if self.fallback not in ("error", "relax"):
-            raise SafeSteerError(f"direction.fallback is {self.fallback!r}; give error or relax.")
+        for kind in ("harmful", "harmless"):
+            for name in (f"train_{kind}", f"validation_{kind}"):
+                self._require(name, getattr(self, name) >= 1, "a number of prompts, 1 or more")
+        self._require("batch_size", self.batch_size >= 1, "a number of prompts, 1 or more")
+        self._require("prune_layers_above", 0 < self.prune_layers_above <= 1, "a share above 0 and up to 1")
+        self._require("target_flip_rate", 0 <= self.target_flip_rate <= 1, "a share from 0 to 1")
+        self._require(
+            "coefficient", self.coefficient is None or _positive(self.coefficient), "a number above 0"
+        )
+        positive = bool(self.coefficients) and all(map(_positive, self.coefficients))
+        self._require("coefficients", positive, "numbers above 0")
+        self._require("fallback", self.fallback in ("error", "relax"), "error or relax")
+
+    def _require(self, name: str, holds: bool, what: str) -> None:
+        if not holds:
+            raise SafeSteerError(f"direction.{name} is {getattr(self, name)!r}; give {what}.")
+
+
+def _positive(number: float) -> bool:
+    return math.isfinite(number) and number > 0

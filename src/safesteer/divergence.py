@@ -149,11 +149,12 @@ def localized_divergence(
             curve = student.curve(z_p) if trained else None
             scored, gradient_nV = score(z_p, z_q, options)
             columns[:, rows] = torch.stack(scored)
+            del z_p, z_q  # here and below, for the gradient's factors and the next chunk to take their place
             if trained:
-                del z_p, z_q
                 if curve is not None:
                     gradient_nV.mul_(curve)
                 gradients.add(rows, weights[rows] * student.slope, gradient_nV, hidden_nH, student.weight)
+            del gradient_nV, curve
 
         result = _Columns(*columns)
         loss = (weights * result.per_token).sum()

@@ -13,7 +13,17 @@ import torch
 
 import safesteer
 
-_PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "safetensors", "tokenizers", "vllm")
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "accelerate",
+    "datasets",
+    "safetensors",
+    "tokenizers",
+    "vllm",
+)
 
 
 def describe_environment(seed: int) -> dict[str, Any]:
@@ -57,7 +67,7 @@ def _version(package: str) -> str | None:
 
 
 def _git_revision() -> str | None:
-    """Return the revision of the source tree this package runs from, with a mark if it was changed; None without."""
+    """Return the revision of the source tree this runs from, with a mark if it was changed; None without."""
     folder = Path(__file__).parent
     try:
         answer = subprocess.run(

@@ -1,10 +1,12 @@
 """Load a chat model and its tokenizer, from a folder or the hub; also an adapter with its base model."""
 
+import os
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from peft import PeftConfig, PeftModel
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.peft_utils import find_adapter_config_file
 
@@ -14,7 +16,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 # Tokens that checkpoints set aside for padding without saying so in their config.
 _PAD_TOKENS = ("<|finetune_right_pad_id|>", "<pad>", "<|pad|>", "[PAD]", "<|endoftext|>")
 # What transformers, peft and huggingface_hub raise when a name, revision or file is wrong.
-_LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError)
+_LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, SafetensorError)
 
 
 def load_model(
@@ -44,7 +46,7 @@ def load_model(
     """
     if dtype != "auto" and dtype not in _DTYPES:
         raise SafeSteerError(f"dtype {dtype!r} is unknown; choose one of: auto, {', '.join(_DTYPES)}.")
-    target = torch.device(device or _best_device())
+    target = _device(device)
     adapter = _adapter_config(name, revision)
     if adapter is not None and Path(name).is_dir() and not Path(name, "adapter_model.safetensors").is_file():
         raise SafeSteerError(
@@ -122,10 +124,24 @@ def load_tokenizer(
     return tokenizer
 
 
-def _best_device() -> str:
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        if torch.cuda.is_available():
+            # Under torchrun and accelerate every process has a GPU of its own.
+            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise SafeSteerError(
+            f"device {name!r} is unknown; give one such as cuda, cuda:1, mps or cpu."
+        ) from None
+    missing = {"cuda": not torch.cuda.is_available(), "mps": not torch.backends.mps.is_available()}
+    if missing.get(device.type):
+        raise SafeSteerError(
+            f"device {name!r}: this machine has none that PyTorch can use; give --device cpu."
+        )
+    return device
 
 
 def _adapter_config(name: str, revision: str | None) -> Any | None:

@@ -30,6 +30,7 @@ __all__ = [
     "load_tokenizer",
     "model_fingerprint",
     "number_of_layers",
+    "unwrapped",
 ]
 
 _ATTENTION_NAMES = (
@@ -57,7 +58,7 @@ def decoder_layers(model: nn.Module, path: str | None = None) -> nn.ModuleList:
     Raises:
         SafeSteerError: If there is no such list, or more than one.
     """
-    inner = _without_peft(model)
+    inner = unwrapped(model)
     if path is not None:
         try:
             layers = inner.get_submodule(path)
@@ -109,7 +110,7 @@ def backbone(model: nn.Module) -> nn.Module:
     Raises:
         SafeSteerError: If the model does not tell its backbone from its head.
     """
-    inner = _without_peft(model)
+    inner = unwrapped(model)
     found = getattr(inner, "base_model", inner)
     if found is inner or not isinstance(found, nn.Module):
         raise SafeSteerError(
@@ -151,7 +152,7 @@ def language_head(model: nn.Module) -> Head:
     Raises:
         SafeSteerError: If the model has no output embeddings, or an adapter sits on them.
     """
-    inner = _without_peft(model)
+    inner = unwrapped(model)
     module = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
     if module is None:
         raise SafeSteerError(
@@ -173,14 +174,31 @@ def language_head(model: nn.Module) -> Head:
     )
 
 
+def unwrapped(model: nn.Module) -> Any:
+    """Return the transformers model under any `PeftModel`, `DistributedDataParallel` or compiled wrapper.
+
+    Typed loosely, because transformers leaves the methods called on it here untyped.
+    """
+    inner: Any = model
+    while True:
+        if hasattr(inner, "get_base_model"):
+            inner = inner.get_base_model()
+        elif isinstance(inner, nn.parallel.DistributedDataParallel):
+            inner = inner.module
+        elif isinstance(getattr(inner, "_orig_mod", None), nn.Module):
+            inner = inner._orig_mod
+        else:
+            return inner
+
+
 def hidden_size(model: nn.Module) -> int:
     """Return the width `H` of the residual stream."""
-    return _text_config_number(_without_peft(model), "hidden_size")
+    return _text_config_number(unwrapped(model), "hidden_size")
 
 
 def number_of_layers(model: nn.Module) -> int:
     """Return the number `L` of decoder layers."""
-    return _text_config_number(_without_peft(model), "num_hidden_layers")
+    return _text_config_number(unwrapped(model), "num_hidden_layers")
 
 
 def model_fingerprint(model: nn.Module) -> str:
@@ -193,7 +211,7 @@ def model_fingerprint(model: nn.Module) -> str:
     Returns:
         A SHA-256 in hexadecimal.
     """
-    inner = _without_peft(model)
+    inner = unwrapped(model)
     config = inner.config.to_dict() if hasattr(inner, "config") else {}
     digest = hashlib.sha256(fingerprint(_identity(config)).encode())
     weights: dict[int, tuple[str, Tensor]] = {}
@@ -210,23 +228,6 @@ def model_fingerprint(model: nn.Module) -> str:
         # One copy per device: a copy per weight would wait for the GPU hundreds of times.
         digest.update(torch.cat(parts).cpu().numpy().tobytes())
     return digest.hexdigest()
-
-
-def _without_peft(model: nn.Module) -> Any:
-    """Return the transformers model under any `PeftModel`, `DistributedDataParallel` or compiled wrapper.
-
-    Typed loosely, because transformers leaves the methods called on it here untyped.
-    """
-    inner: Any = model
-    while True:
-        if hasattr(inner, "get_base_model"):
-            inner = inner.get_base_model()
-        elif isinstance(inner, nn.parallel.DistributedDataParallel):
-            inner = inner.module
-        elif isinstance(getattr(inner, "_orig_mod", None), nn.Module):
-            inner = inner._orig_mod
-        else:
-            return inner
 
 
 def _module_lists(module: nn.Module) -> dict[str, nn.ModuleList]:

@@ -77,9 +77,7 @@ class NextTokenReader:
 
     @property
     def pad_id(self) -> int:
-        """What fills the left of shorter rows: the tokenizer's padding, else an end of turn; it is masked
-        anyway.
-        """
+        """What fills the left of shorter rows, masked: the tokenizer's padding, else an end of turn."""
         pad_id = self.chat.tokenizer.pad_token_id
         return pad_id if isinstance(pad_id, int) else next(iter(self.end_ids), 0)
 
@@ -106,8 +104,8 @@ class NextTokenReader:
         """
         inputs = {"input_ids": batch.input_ids, "attention_mask": batch.mask, "use_cache": False}
         if self._takes_positions:
-            # As generate() counts them: with learned positions, left padding would otherwise shift a short
-            prompt.inputs["position_ids"] = (batch.mask.cumsum(-1) - 1).clamp(min=0)
+            # As generate() counts them: with learned positions, left padding would shift a short prompt.
+            inputs["position_ids"] = (batch.mask.cumsum(-1) - 1).clamp(min=0)
         hidden_BTH: Tensor = self._body(**inputs).last_hidden_state
         return hidden_BTH[:, -positions:]
 

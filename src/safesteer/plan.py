@@ -2,21 +2,23 @@
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from safesteer.console import RunConsole
 from safesteer.divergence import LOGITS_PER_CHUNK
 from safesteer.errors import SafeSteerError, one_line
 from safesteer.loading import _adapter_config, _best_device
-from safesteer.settings import DistillationSettings, ModelSettings
-from safesteer.training_data import number_of_steps
+from safesteer.settings import DistillationSettings, ModelSettings, Settings
+from safesteer.training_arguments import micro_batches, number_of_processes
+from safesteer.training_data import anchors_per_step, number_of_steps
+from safesteer.workspace import Workspace
 
-GIB = 2**30
+_ARTIFACTS = ("direction.json", "safety_tokens.json", "checkpoints", "model")
 _BYTES = {torch.float64: 8, torch.float32: 4, torch.bfloat16: 2, torch.float16: 2}
 
 
@@ -87,12 +89,13 @@ def model_shape(settings: ModelSettings, lora_targets: tuple[str, ...] = ("all-l
             name, revision=revision, trust_remote_code=settings.trust_remote_code
         )
         with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 config, trust_remote_code=settings.trust_remote_code
             )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise SafeSteerError(
-            f"{name}: has no configuration of a causal language model ({one_line(error)}); check the name and revision."
+            f"{name}: has no configuration of a causal language model ({one_line(error)}); "
+            "check the name and the revision."
         ) from error
     text: Any = config.get_text_config()
     head_width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -120,9 +123,9 @@ def estimate_memory(
     """Estimate the memory each device needs, every device holding all of the model (data parallel).
 
     Weights, gradients, optimizer and cache are counted exactly; activations by the tensors that a gated-MLP
-    transformer keeps for its backward pass, per token: `4b+8` bytes × H for the two norms and residuals, `b` for each
-    query, key, value, attention output and four MLP intermediates, with `b` the bytes of the computing dtype. The
-    CUDA context and fragmentation (about a GiB) come on top.
+    transformer keeps for its backward pass, per token: `4b+8` bytes × H for the two norms and residuals, `b`
+    for each query, key, value, attention output and four MLP intermediates, with `b` the bytes of the
+    computing dtype. The CUDA context and fragmentation (about a GiB) come on top.
 
     Args:
         shape: Of the model.
@@ -145,7 +148,7 @@ def estimate_memory(
     rollout_batch = -(-distillation.batch_size // processes)
     return MemoryEstimate(
         weights=weights,
-        teacher_copy=shape.parameters * _BYTES[stored] if copied else 0,
+        teacher_copy=weights if copied else 0,
         adapter=adapter,
         gradients=trained,
         optimizer=2 * trained,
@@ -163,24 +166,71 @@ class Plan:
     Attributes:
         stages: Name of each stage, and what it would compute.
         steps: Optimizer steps.
-        memory: Of the distillation, per device.
+        memory: Of the distillation, on each device.
+        present: Artifacts that are in the run's folder already; each is kept if its inputs turn out
+            unchanged.
     """
 
     stages: tuple[tuple[str, str], ...]
     steps: int
     memory: MemoryEstimate
+    present: tuple[str, ...]
 
 
-def step_count(distillation: DistillationSettings, harmful: int) -> int:
-    """Count the optimizer steps of a training on so many harmful prompts."""
-    if distillation.steps is not None:
-        return distillation.steps
-    return number_of_steps(harmful, distillation.batch_size, distillation.anchor_fraction, distillation.epochs)
+def make_plan(settings: Settings, console: RunConsole) -> Plan:
+    """Say what a run would do, from prompts, tokenizer and configuration but no weights; nothing is written.
+
+    Args:
+        settings: Of the run.
+        console: For what is noted about the prompts.
+
+    Raises:
+        SafeSteerError: For everything that would stop the run before the model is loaded.
+    """
+    work = Workspace(settings, console)
+    direction, tokens, distillation = settings.direction, settings.safety_tokens, settings.distillation
+    processes = number_of_processes()
+    shape = model_shape(settings.model, distillation.lora_targets)
+    steps = distillation.steps or number_of_steps(
+        len(work.harmful.prompts), distillation.batch_size, distillation.anchor_fraction, distillation.epochs
+    )
+    prompts = (*work.harmful.prompts, *work.harmless.prompts)
+    longest = max(map(len, work.chat.encode(prompts, max_length=distillation.max_prompt_length)))
+    positions = len(work.chat.post_instruction_ids)
+    layers = int(direction.prune_layers_above * shape.layers)
+    micro_batch, _ = micro_batches(distillation, processes)
+    anchors = anchors_per_step(distillation.batch_size, distillation.anchor_fraction)
+    trained = "a LoRA adapter" if distillation.lora else "all weights"
+    on = f" on {processes} devices" if processes > 1 else ""
+    return Plan(
+        stages=(
+            (
+                "direction",
+                f"up to {layers * positions} candidates ({layers} layers × {positions} positions) from "
+                f"{len(work.direction_harmful)} harmful and {len(work.harmless)} harmless prompts",
+            ),
+            (
+                "safety tokens",
+                f"{tokens.samples} responses of {tokens.horizon} tokens to each of up to "
+                f"{direction.validation_harmless} harmless prompts; {tokens.size} tokens by {tokens.selection}",
+            ),
+            (
+                "distillation",
+                f"{steps} steps of {distillation.batch_size} prompts ({anchors} harmless), {micro_batch} at a "
+                f"time{on}; trains {trained} at a learning rate of {distillation.peak_learning_rate:g}",
+            ),
+        ),
+        steps=steps,
+        memory=estimate_memory(
+            shape, settings.model, distillation, prompt_tokens=longest, processes=processes
+        ),
+        present=tuple(name for name in _ARTIFACTS if (work.folder / name).exists()),
+    )
 
 
-def _adapter_width(model: nn.Module, targets: tuple[str, ...]) -> int:
+def _adapter_width(model: PreTrainedModel, targets: tuple[str, ...]) -> int:
     """Sum `inputs + outputs` over the linear maps that get an adapter: LoRA parameters per unit of rank."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = model.get_output_embeddings()
     total = 0
     for name, module in model.named_modules():
         linear = isinstance(module, (nn.Linear, Conv1D)) and module is not head
@@ -196,7 +246,8 @@ def _activations(shape: ModelShape, distillation: DistillationSettings, tokens: 
     layers = layer + shape.layers * kept if distillation.gradient_checkpointing else shape.layers * layer
     chunk = distillation.divergence_chunk_size
     logits = LOGITS_PER_CHUNK if chunk is None else chunk * shape.vocabulary
-    # About five tensors of a chunk's logits live at once (see divergence.py), fewer when there are fewer tokens.
+    # About five tensors of a chunk's logits live at once (see divergence.py), fewer when there are fewer
+    # tokens.
     return layers + 5 * 4 * min(logits, tokens * shape.vocabulary)
 
 
@@ -221,9 +272,3 @@ def _device_name(device: torch.device) -> str:
     if device.type == "cuda" and torch.cuda.is_available():
         return f"{device} ({torch.cuda.get_device_name(device)})"
     return str(device)
-
-
-def output_files(folder: Path) -> list[str]:
-    """Name the artifacts that are in a run's folder already."""
-    known = ("direction.json", "safety_tokens.json", "checkpoints", "model")
-    return [name for name in known if (folder / name).exists()]

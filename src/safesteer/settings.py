@@ -1,13 +1,11 @@
-"""Every setting of a run: nested frozen dataclasses, whose fields are the recipe's keys and the command line's flags.
+"""Every setting of a run: nested frozen dataclasses.
 
-A setting is one dataclass field with a type, a default and a `help` text. From that follow the YAML recipes
-(`section: field: value`), the command-line flags, `--help`, the run's `config.yaml` and the stages' fingerprints.
-Values are layered: the dataclass default, then the recipe, then the command line.
+A setting is one field with a type, a default and a `help` text. From that follow the YAML recipes
+(`recipes.py`), the command-line flags, `--help`, the run's `config.yaml` and the stages' fingerprints.
 """
 
 import dataclasses
-import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -15,15 +13,11 @@ from typing import Any, Literal
 import yaml
 
 from safesteer.chat import Thinking
-from safesteer.coercion import closest, coerce
 from safesteer.direction import DirectionSettings
 from safesteer.divergence import Support, Vocabulary
 from safesteer.errors import SafeSteerError
 from safesteer.safety_tokens import SafetyTokenSettings
 from safesteer.trainer_config import SAFETY_SYSTEM_PROMPT, Reduction, TeacherKind, TrainLayers
-
-Layer = Mapping[str, Mapping[str, Any]]
-"""Some settings, by section and field; what a recipe holds."""
 
 
 def _setting(default: Any, help: str, *, flag: str | None = None, path: bool = False) -> Any:
@@ -38,19 +32,28 @@ def _setting(default: Any, help: str, *, flag: str | None = None, path: bool = F
 class ModelSettings:
     """Which model, and how it is talked to."""
 
-    name: str = _setting("", "Hub id or folder of the chat model (or of a LoRA adapter).", flag="model", path=True)
+    name: str = _setting(
+        "", "Hub id or folder of the chat model (or of a LoRA adapter).", flag="model", path=True
+    )
     revision: str | None = _setting(None, "Branch, tag or commit of the hub model.")
-    dtype: str = _setting("auto", "Weights' dtype: float32, bfloat16, float16, or auto (the checkpoint's on a GPU).")
+    dtype: str = _setting(
+        "auto", "Weights' dtype: float32, bfloat16, float16, or auto (the checkpoint's on a GPU)."
+    )
     device: str | None = _setting(None, "Device: cpu, cuda or mps; by default the best there is.")
     attn_implementation: str | None = _setting(None, "Attention kernel: eager, sdpa, flash_attention_2, …")
     trust_remote_code: bool = _setting(False, "Run Python code that the model's repository ships.")
-    layer_path: str | None = _setting(None, "Where the decoder layers are, e.g. model.layers, if they are not found.")
+    layer_path: str | None = _setting(
+        None, "Where the decoder layers are, e.g. model.layers, if they are not found."
+    )
     chat_template: str | None = _setting(None, "Jinja file to use as the chat template.", path=True)
     system_prompt: str | None = _setting(None, "System prompt put before every prompt.")
-    thinking: Thinking = _setting("off", "For models that can think: off closes the think block before the answer.")
+    thinking: Thinking = _setting(
+        "off", "For models that can think: off closes the think block before the answer."
+    )
     template_kwargs: Mapping[str, Any] = _setting({}, "More variables for the chat template, as JSON.")
-    drop_date_lines: bool = _setting(True, "Leave out the date lines of Llama-3.1 and later, which change daily.")
-
+    drop_date_lines: bool = _setting(
+        True, "Leave out the date lines of Llama-3.1 and later, which change daily."
+    )
 
     def __post_init__(self) -> None:
         """Refuse a device that the trainer would not use.
@@ -69,14 +72,22 @@ class ModelSettings:
 class PromptSettings:
     """Which prompts."""
 
-    harmful: str = _setting("", "Harmful prompts: .json, .jsonl, .csv, .parquet, .txt or a hub dataset.", path=True)
+    harmful: str = _setting(
+        "", "Harmful prompts: .json, .jsonl, .csv, .parquet, .txt or a hub dataset.", path=True
+    )
     harmless: str | None = _setting(
-        None, "Harmless prompts, for the direction, the safety tokens and the anchor; by default the bundled ones.", path=True
+        None,
+        "Harmless prompts, for the direction, the safety tokens and the anchor; by default the bundled ones.",
+        path=True,
     )
     direction_harmful: str | None = _setting(
-        None, "Harmful prompts for the direction alone, when they should differ from those trained on.", path=True
+        None,
+        "Harmful prompts for the direction alone, when they should differ from those trained on.",
+        path=True,
     )
-    prompt_field: str | None = _setting(None, "Column or key that holds the prompt; found by itself when it is usual.")
+    prompt_field: str | None = _setting(
+        None, "Column or key that holds the prompt; found by itself when it is usual."
+    )
     split: str = _setting("train", "Split to take of a hub dataset.", flag="prompt-split")
     harmful_count: int | None = _setting(None, "How many harmful prompts to draw; by default all.")
     harmless_count: int | None = _setting(None, "How many harmless prompts to draw; by default all.")
@@ -88,7 +99,8 @@ class DistillationSettings:
     """How the student learns from the teacher (method §4)."""
 
     lora: bool = _setting(
-        True, "Train a LoRA adapter (the teacher shares the weights), or all weights (with a second copy as teacher)."
+        True,
+        "Train a LoRA adapter (the teacher shares the weights) or all weights (a second copy teaches).",
     )
     lora_rank: int = _setting(32, "Rank of the LoRA adapter.")
     lora_alpha: int = _setting(64, "Scale of the LoRA adapter: its update is multiplied by alpha/rank.")
@@ -101,25 +113,37 @@ class DistillationSettings:
         "tail", "What becomes of the rest: truncated drops it (the paper), tail makes it one bucket, …"
     )
     teacher_system_prompt: str = _setting(SAFETY_SYSTEM_PROMPT, "System prompt of the teacher system_prompt.")
-    beta: float = _setting(1.0, "Divergence: 1 reverse KL(student‖teacher), 0 forward KL, between generalized JSD.")
+    beta: float = _setting(
+        1.0, "Divergence: 1 reverse KL(student‖teacher), 0 forward KL, between generalized JSD."
+    )
     teacher_top_k: int = _setting(50, "Tokens per position of the vocabulary teacher_top_k.")
     reduction: Reduction = _setting(
         "response", "Mean over each response's tokens first (the paper), or over all tokens alike."
     )
     first_tokens: int | None = _setting(None, "Take the loss on the first so many response tokens only.")
     skip_tokens: int = _setting(0, "Leave out the first so many response tokens.")
-    anchor_fraction: float = _setting(0.5, "Share of each batch that is harmless, with the unsteered base as teacher.")
+    anchor_fraction: float = _setting(
+        0.5, "Share of each batch that is harmless, with the unsteered base as teacher."
+    )
     train_layers: TrainLayers = _setting(
         "all", "Which layers are trained; from_steered leaves those below the steered one alone."
     )
     ema_rate: float = _setting(0.01, "Teacher ema: share of the student taken over after each step.")
-    refresh_steps: int = _setting(0, "Teacher ema: find direction and tokens anew every so many steps; 0 never.")
-    learning_rate: float | None = _setting(None, "Peak learning rate; by default 1e-4 with LoRA, 1e-5 without.")
+    refresh_steps: int = _setting(
+        0, "Teacher ema: find direction and tokens anew every so many steps; 0 never."
+    )
+    learning_rate: float | None = _setting(
+        None, "Peak learning rate; by default 1e-4 with LoRA, 1e-5 without."
+    )
     steps: int | None = _setting(None, "Optimizer steps; by default as many as the epochs make.")
     epochs: float = _setting(1.0, "Passes over the harmful prompts, unless steps are given.")
     batch_size: int = _setting(32, "Prompts per optimizer step, over all devices.")
-    micro_batch_size: int = _setting(8, "Prompts per forward and backward pass on one device; lower it to save memory.")
-    max_prompt_length: int = _setting(512, "Tokens of a rendered prompt; longer user texts are cut at their end.")
+    micro_batch_size: int = _setting(
+        8, "Prompts per forward and backward pass on one device; lower it to save memory."
+    )
+    max_prompt_length: int = _setting(
+        512, "Tokens of a rendered prompt; longer user texts are cut at their end."
+    )
     max_completion_length: int = _setting(512, "Tokens of a sampled response.")
     temperature: float = _setting(1.0, "Sampling temperature of the student's responses, and of the loss.")
     schedule: str = _setting("cosine", "Learning-rate schedule, by transformers' names.")
@@ -127,12 +151,17 @@ class DistillationSettings:
     weight_decay: float = _setting(0.0, "AdamW's weight decay.")
     max_grad_norm: float = _setting(1.0, "Gradients longer than this are shortened to it.")
     master_dtype: Literal["float32", "bfloat16"] = _setting(
-        "float32", "Dtype of fully trained weights: bfloat16 halves their memory, but rounds away steps of 1e-6."
+        "float32",
+        "Dtype of fully trained weights: bfloat16 halves their memory, but rounds away steps of 1e-6.",
     )
-    gradient_checkpointing: bool = _setting(False, "Recompute activations in the backward pass, to save memory.")
+    gradient_checkpointing: bool = _setting(
+        False, "Recompute activations in the backward pass, to save memory."
+    )
     divergence_chunk_size: int | None = _setting(None, "Response tokens whose logits exist at a time.")
     use_vllm: bool = _setting(False, "Sample the student's responses with vLLM.")
-    probe_steps: int = _setting(10, "Measure the refusal rate on a few probe prompts every so many steps; 0 never.")
+    probe_steps: int = _setting(
+        10, "Measure the refusal rate on a few probe prompts every so many steps; 0 never."
+    )
     probe_size: int = _setting(16, "Probe prompts of each kind, harmful and harmless.")
     probe_tokens: int = _setting(32, "Tokens of a probe's greedy response.")
     checkpoint_steps: int = _setting(10, "Save a checkpoint to continue from every so many steps; 0 never.")
@@ -163,12 +192,15 @@ class DistillationSettings:
         _positive(self, "lora_rank", "lora_alpha", "batch_size", "micro_batch_size", "max_prompt_length")
         _positive(self, "max_completion_length", "epochs", "temperature", "max_grad_norm", "probe_size")
         if self.steps is not None and self.steps < 1:
-            raise SafeSteerError(f"--steps is {self.steps}; give at least 1, or leave it out to train whole epochs.")
+            raise SafeSteerError(
+                f"--steps is {self.steps}; give at least 1, or leave it out to train whole epochs."
+            )
         if not self.peak_learning_rate > 0:
             raise SafeSteerError(f"--learning-rate is {self.learning_rate}; give a number above 0.")
         if not self.lora and self.teacher == "adapter_off":
             raise SafeSteerError(
-                "--teacher adapter_off needs a LoRA adapter to switch off; leave --full out or take --teacher frozen_copy."
+                "--teacher adapter_off needs a LoRA adapter to switch off; leave --full out or take "
+                "--teacher frozen_copy."
             )
 
 
@@ -193,31 +225,12 @@ class Settings:
     distillation: DistillationSettings = field(default_factory=DistillationSettings)
     run: RunSettings = field(default_factory=RunSettings)
 
-    @classmethod
-    def from_layers(cls, *layers: Layer) -> "Settings":
-        """Lay settings over each other, later ones on top, on the defaults.
-
-        Args:
-            *layers: Section to field to value, e.g. what `load_recipe` returns. A seed given for the run is the
-                seed of every stage that has none of its own in any layer.
-
-        Raises:
-            SafeSteerError: If a section or field does not exist or a value has the wrong type or size.
-        """
-        merged: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
-        for layer in layers:
-            for section, name, value in _checked(layer):
-                merged[section][name] = value
-        if "seed" in merged["run"]:
-            for section in ("direction", "safety_tokens"):
-                merged[section].setdefault("seed", merged["run"]["seed"])
-        return cls(**{section: SECTIONS[section](**values) for section, values in merged.items()})
-
     def layer(self) -> dict[str, dict[str, Any]]:
         """Return the settings as plain YAML and JSON values, by section and field."""
         return {
             section: {
-                entry.name: _plain(getattr(getattr(self, section), entry.name)) for entry in dataclasses.fields(kind)
+                entry.name: _plain(getattr(getattr(self, section), entry.name))
+                for entry in dataclasses.fields(kind)
             }
             for section, kind in SECTIONS.items()
         }
@@ -225,11 +238,12 @@ class Settings:
     def yaml(self) -> str:
         """Return the settings as a recipe that reproduces them, wherever it is kept."""
         layer = self.layer()
-        for section, values in layer.items():
-            for name, value in values.items():
-                if _is_path(section, name) and value and value.startswith("."):
-                    values[name] = str(Path(value).resolve())
-        return yaml.safe_dump(layer, sort_keys=False, allow_unicode=True, width=110)
+        for section, kind in SECTIONS.items():
+            for entry in dataclasses.fields(kind):
+                value = layer[section][entry.name]
+                if entry.metadata.get("path") and value and value.startswith("."):
+                    layer[section][entry.name] = str(Path(value).resolve())
+        return str(yaml.safe_dump(layer, sort_keys=False, allow_unicode=True, width=110))
 
 
 SECTIONS: dict[str, type[Any]] = {
@@ -253,113 +267,12 @@ _WITHOUT_EFFECT = {
     "probe_tokens",
 }
 
-# These two sections have fields of the same names, so that their flags carry the section's.
-_FLAG_PREFIX = {"direction": "direction-", "safety_tokens": "tokens-"}
-# The flags that are told apart without it, and that the stages' own messages name.
-_BARE_FLAGS = {"refusal_token_ids", "coefficient", "coefficients", "max_kl", "min_induction", "horizon"}
-
-
-@dataclass(frozen=True)
-class SettingField:
-    """One setting, as the recipes and the command line see it."""
-
-    section: str
-    name: str
-    annotation: Any
-    default: Any
-    help: str
-    flag: str
-    is_path: bool
-
-
-def setting_fields(section: str | None = None) -> Iterator[SettingField]:
-    """List every setting, or those of one section, in the order of declaration."""
-    for name, kind in SECTIONS.items():
-        if section not in (None, name):
-            continue
-        hints = typing.get_type_hints(kind)
-        for entry in dataclasses.fields(kind):
-            factory = entry.default_factory
-            yield SettingField(
-                section=name,
-                name=entry.name,
-                annotation=hints[entry.name],
-                default=entry.default if isinstance(factory, dataclasses._MISSING_TYPE) else factory(),
-                help=entry.metadata["help"],
-                flag=flag_of(name, entry.name),
-                is_path=entry.metadata.get("path", False),
-            )
-
-
-def flag_of(section: str, name: str) -> str:
-    """Return the command-line flag of a setting, e.g. `--tokens-size`."""
-    declared = {entry.name: entry for entry in dataclasses.fields(SECTIONS[section])}[name]
-    own = declared.metadata.get("flag")
-    prefix = "" if name in _BARE_FLAGS else _FLAG_PREFIX.get(section, "")
-    return "--" + (own or (prefix + name).replace("_", "-"))
-
-
-def load_recipe(path: str | Path) -> dict[str, dict[str, Any]]:
-    """Read a YAML recipe.
-
-    A path in it that begins with ./ or ../ counts from the recipe's folder, any other from the working directory.
-
-    Returns:
-        Section to field to value, checked.
-
-    Raises:
-        SafeSteerError: If the file is missing or not YAML, or holds a key that is no setting (with the closest one).
-    """
-    path = Path(path)
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise SafeSteerError(f"{path}: no such recipe; name a YAML file, e.g. one of recipes/.") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise SafeSteerError(f"{path}: cannot be read as YAML ({reason}); mend it or name another recipe.") from error
-    content = {} if content is None else content
-    if not isinstance(content, dict):
-        raise SafeSteerError(f"{path}: holds no sections; write settings as `section:` with `field: value` below it.")
-    layer: dict[str, dict[str, Any]] = {}
-    for section, name, value in _checked(content, source=f"{path}: "):
-        if _is_path(section, name) and value and value.startswith(("./", "../")):
-            value = str(path.parent / value)
-        layer.setdefault(section, {})[name] = value
-    return layer
-
-
-def _checked(layer: Mapping[str, Any], source: str = "") -> Iterator[tuple[str, str, Any]]:
-    """Walk through a layer's settings, each of its field's type; unknown keys are errors."""
-    for section, values in layer.items():
-        if section not in SECTIONS:
-            raise SafeSteerError(
-                f"{source}{section!r} is no section of a recipe{closest(str(section), SECTIONS)}; "
-                f"the sections are {', '.join(SECTIONS)}."
-            )
-        if values is None:
-            continue
-        if not isinstance(values, Mapping):
-            raise SafeSteerError(f"{source}section {section!r} holds {values!r}; write `field: value` lines below it.")
-        known = {entry.name: entry for entry in setting_fields(section)}
-        for name, value in values.items():
-            if name not in known:
-                raise SafeSteerError(
-                    f"{source}{section}.{name} is no setting{closest(str(name), known)}; "
-                    "recipes/template.yaml lists them all."
-                )
-            yield section, name, coerce(value, known[name].annotation, f"{source}{section}.{name}")
-
-
-def _is_path(section: str, name: str) -> bool:
-    return bool(SECTIONS[section].__dataclass_fields__[name].metadata.get("path"))
-
 
 def _positive(settings: DistillationSettings, *names: str) -> None:
     for name in names:
         if not getattr(settings, name) > 0:
-            flag = flag_of("distillation", name)
-            raise SafeSteerError(f"{flag} is {getattr(settings, name)}; give a number above 0.")
+            flag = name.replace("_", "-")
+            raise SafeSteerError(f"--{flag} is {getattr(settings, name)}; give a number above 0.")
 
 
 def _plain(value: Any) -> Any:

@@ -1,8 +1,8 @@
 """The stages before training, each computed once and kept: refusal direction and safety tokens.
 
-A stage's artifact carries the fingerprint of everything it depends on: the stage's settings, the model, the chat
-format, the prompts, and the artifact before it. An artifact with the same fingerprint is loaded instead of computed,
-any other is computed anew.
+A stage's artifact carries the fingerprint of everything it depends on: the stage's settings, the model, the
+chat format, the prompts, and the artifact before it. An artifact with the same fingerprint is loaded instead
+of computed, any other is computed anew.
 """
 
 import math
@@ -39,10 +39,13 @@ def direction_stage(work: Workspace) -> RefusalDirection:
                 progress=progress,
             )
         direction.save(work.folder)
-    flips = "" if math.isnan(direction.flip_rate) else f"; flips {direction.flip_rate:.0%} of answered prompts"
+    flips = (
+        "" if math.isnan(direction.flip_rate) else f"; flips {direction.flip_rate:.0%} of answered prompts"
+    )
     work.console.summary(
         "direction",
-        f"layer {direction.layer}, position {direction.position}, coefficient {direction.coefficient:g}{flips}",
+        f"layer {direction.layer}, position {direction.position}, "
+        f"coefficient {direction.coefficient:g}{flips}",
         " · ".join(filter(None, [outcome(work.folder / DIRECTION_FILE, kept, started), direction.relaxed])),
     )
     return direction
@@ -52,7 +55,9 @@ def tokens_stage(work: Workspace, direction: RefusalDirection) -> SafetyTokens:
     """Load the run's safety tokens if their inputs are unchanged, else find and save them (method §3)."""
     settings = work.settings.safety_tokens
     prompts = direction.validation_harmless
-    wanted = safety_tokens_fingerprint(work.model_fingerprint, work.chat, prompts, direction.steering, settings)
+    wanted = safety_tokens_fingerprint(
+        work.model_fingerprint, work.chat, prompts, direction.steering, settings
+    )
     started = time.monotonic()
     kept = is_current(work, work.folder / TOKENS_FILE, wanted)
     if kept:
@@ -117,17 +122,21 @@ def is_current(work: Workspace, record: Path, wanted: str) -> bool:
         return False
     if read_json(record).get("fingerprint") == wanted:
         return True
-    work.console.note(f"{record}: made from other inputs or settings; it is made anew, and what depends on it.")
+    work.console.note(
+        f"{record}: made from other inputs or settings; it is made anew, and what depends on it."
+    )
     return False
 
 
 def outcome(path: Path, kept: bool, started: float) -> str:
     """Say where an artifact is, and whether it was kept or how long it took."""
-    return f"kept {path}, its inputs are unchanged" if kept else f"{time.monotonic() - started:.0f} s · {path}"
+    return (
+        f"kept {path}, its inputs are unchanged" if kept else f"{time.monotonic() - started:.0f} s · {path}"
+    )
 
 
 def _require(path: Path, command: str) -> None:
     if not path.is_file():
         raise SafeSteerError(
-            f"{path}: no such file; run `{command} --output {path.parent}` first, or `safesteer align` for all stages."
+            f"{path}: no such file; run `{command} --output {path.parent}` first, or `safesteer align`."
         )

@@ -17,7 +17,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from trl.models.utils import _ForwardRedirection
 
-from safesteer.chat import Chat
+from safesteer.chat import Chat, left_pad
 from safesteer.errors import SafeSteerError
 from safesteer.modeling import Head, backbone, language_head
 from safesteer.steering import Steering
@@ -192,20 +192,42 @@ class FrozenCopyTeacher:
 class SystemPromptTeacher:
     """The unsteered base model with a safety system prompt in its prompt, not in the student's (method §2).
 
-    The prompt is changed in token space: what the two renderings have in common at their end (the user's
-    turn) is kept token for token, and what comes before it is replaced.
+    It scores the same response tokens, after another rendering of the same prompt.
 
     Args:
         base: Where the base weights come from; its steering is left off.
         chat: How the student's prompts are rendered.
-        system_prompt: The teacher's system prompt.
+        system_prompt: The teacher's system prompt, in place of any that `chat` has.
+        prompts: All prompts that will be asked. They are rendered here rather than edited in token space,
+            because some templates put the system prompt into the user's turn, where tokens may merge across
+            the seam.
+        max_prompt_length: How the student's prompts are cut; the teacher's are cut as late in the text.
+
+    Raises:
+        SafeSteerError: If the chat template leaves the system prompt out or refuses it.
     """
 
-    def __init__(self, base: AdapterOffTeacher | FrozenCopyTeacher, chat: Chat, system_prompt: str) -> None:
+    def __init__(
+        self,
+        base: AdapterOffTeacher | FrozenCopyTeacher,
+        chat: Chat,
+        system_prompt: str,
+        prompts: Sequence[str],
+        max_prompt_length: int | None = None,
+    ) -> None:
         self.base = base
-        teacher_chat = dataclasses.replace(chat, system_prompt=system_prompt)
-        self.student_prefix, self.teacher_prefix = _differing_prefixes(chat, teacher_chat)
-        self.pad_id = int(chat.tokenizer.pad_token_id)
+        self._pad_id = int(chat.tokenizer.pad_token_id)
+        with_system = dataclasses.replace(chat, system_prompt=system_prompt)
+        without, rendered = (len(version.encode([""])[0]) for version in (chat, with_system))
+        if with_system.render("") == chat.render(""):
+            raise SafeSteerError(
+                "the chat template leaves the system prompt out, so teacher system_prompt would teach "
+                "nothing; choose another teacher or another chat template."
+            )
+        limit = None if max_prompt_length is None else max_prompt_length + rendered - without
+        mine = chat.encode(prompts, max_length=max_prompt_length)
+        theirs = with_system.encode(prompts, max_length=limit)
+        self._with_system_prompt = {tuple(ids): other for ids, other in zip(mine, theirs, strict=True)}
 
     def completion_hidden_states(
         self,
@@ -228,7 +250,7 @@ class SystemPromptTeacher:
     def with_system_prompt(
         self, prompt_ids: Tensor, prompt_mask: Tensor, rows: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Replace the rendered prefix in some rows.
+        """Put the system prompt into some rows.
 
         Args:
             prompt_ids: [B, P], left padded.
@@ -239,25 +261,19 @@ class SystemPromptTeacher:
             ids and mask, both [B, P'], left padded.
 
         Raises:
-            SafeSteerError: If a row does not begin with the chat's rendered prefix.
+            SafeSteerError: If such a row is none of the prompts given at construction.
         """
         prompts: list[list[int]] = []
         for ids_P, mask_P, changed in zip(prompt_ids, prompt_mask, rows, strict=True):
             ids = ids_P[mask_P.bool()].tolist()
-            if changed:
-                cut = len(self.student_prefix)
-                if tuple(ids[:cut]) != self.student_prefix:
-                    raise SafeSteerError(
-                        "a training prompt's rendering does not begin as other prompts' do, so the "
-                        "teacher's system prompt cannot be put before it; strip special characters from its "
-                        "start."
-                    )
-                ids = [*self.teacher_prefix, *ids[cut:]]
-            prompts.append(ids)
-        width = max(len(ids) for ids in prompts)
-        padded = [[self.pad_id] * (width - len(ids)) + ids for ids in prompts]
-        masks = [[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts]
-        return prompt_ids.new_tensor(padded), prompt_mask.new_tensor(masks)
+            if changed and tuple(ids) not in self._with_system_prompt:
+                raise SafeSteerError(
+                    "the system-prompt teacher was asked about a prompt it was not given at construction; "
+                    "give it all training prompts."
+                )
+            prompts.append(self._with_system_prompt[tuple(ids)] if changed else ids)
+        padded, mask = left_pad(prompts, self._pad_id, prompt_ids.device)
+        return padded, mask.to(prompt_mask.dtype)
 
 
 @contextlib.contextmanager
@@ -276,20 +292,3 @@ def _steered(
 def _detached(head: Head) -> Head:
     bias = None if head.bias is None else head.bias.detach()
     return Head(head.weight.detach(), bias, head.logit_scale, head.softcap)
-
-
-def _differing_prefixes(chat: Chat, other: Chat) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Find what two renderings of any prompt begin with where they differ: all but the common end."""
-    pairs: set[tuple[tuple[int, ...], tuple[int, ...]]] = set()
-    probes: Sequence[str] = ("How are you?", "What is 2 + 2?", "List three colours.")
-    for mine, theirs in zip(chat.encode(probes), other.encode(probes), strict=True):
-        common = 0
-        while common < min(len(mine), len(theirs)) and mine[-1 - common] == theirs[-1 - common]:
-            common += 1
-        pairs.add((tuple(mine[: len(mine) - common]), tuple(theirs[: len(theirs) - common])))
-    if len(pairs) != 1 or not next(iter(pairs))[1]:
-        raise SafeSteerError(
-            "the chat template renders no system prompt of its own before the user's turn, so the teacher "
-            "cannot be a system-prompt teacher; choose another teacher or a template with a system turn."
-        )
-    return next(iter(pairs))

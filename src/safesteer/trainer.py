@@ -137,7 +137,7 @@ class SafeSteerTrainer(DistillationTrainer):  # type: ignore[misc, unused-ignore
             callbacks=[FiniteGradients(), *callbacks],
         )
         self.set_token_ids(getattr(safety_tokens, "ids", safety_tokens))
-        self.teacher = self._make_teacher(steering)
+        self.teacher = self._make_teacher(steering, harmful)
         self._sums: Tensor | None = None
         if isinstance(self.teacher, EmaTeacher):
             self.add_callback(TeacherCallback(self, self.teacher, refresh))
@@ -162,7 +162,7 @@ class SafeSteerTrainer(DistillationTrainer):  # type: ignore[misc, unused-ignore
             )
         self.token_ids = torch.tensor(list(ids), device=self.accelerator.device)
 
-    def _make_teacher(self, steering: Steering | None) -> Teacher:
+    def _make_teacher(self, steering: Steering | None, harmful: Sequence[str]) -> Teacher:
         args, path = self.args, self._layer_path
         kind = args.teacher
         if kind == "ema":
@@ -175,7 +175,9 @@ class SafeSteerTrainer(DistillationTrainer):  # type: ignore[misc, unused-ignore
         else:
             base = FrozenCopyTeacher(self._copy(self.model, without_adapter=True), steering, path)
         if kind == "system_prompt":
-            return SystemPromptTeacher(base, self.chat, args.teacher_system_prompt)
+            return SystemPromptTeacher(
+                base, self.chat, args.teacher_system_prompt, harmful, args.max_prompt_length
+            )
         return base
 
     def _copy(self, model: nn.Module, without_adapter: bool = False) -> nn.Module:
@@ -315,10 +317,11 @@ class SafeSteerTrainer(DistillationTrainer):  # type: ignore[misc, unused-ignore
     # ---- checkpoints ---------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
+        # Before the rest, because a checkpoint counts as complete when its trainer state is there.
         if isinstance(self.teacher, EmaTeacher) and self.args.should_save:
             folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
             save_teacher(folder, self.teacher, self.accelerator.unwrap_model(model), self.token_ids)
+        super()._save_checkpoint(model, trial)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

@@ -63,8 +63,8 @@ def check_fit(
         )
     if args.n_gpu > 1 and not getattr(_base(model), "hf_device_map", None):
         raise SafeSteerError(
-            f"{args.n_gpu} GPUs are visible to one process, which would run the model in copies that hooks do not "
-            "reach; start with `accelerate launch` or make one GPU visible with CUDA_VISIBLE_DEVICES."
+            f"{args.n_gpu} GPUs are visible to one process, which would run the model in copies that hooks "
+            "do not reach; start with `accelerate launch` or make one GPU visible with CUDA_VISIBLE_DEVICES."
         )
     if args.refresh_steps and not has_refresh:
         raise SafeSteerError(

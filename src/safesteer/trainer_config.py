@@ -48,8 +48,8 @@ class SafeSteerConfig(DistillationConfig):  # type: ignore[misc, unused-ignore]
     gradient_checkpointing: bool | None = field(
         default=None,
         metadata={
-            "help": "Recompute activations in the backward pass: less memory, about 20%% slower. Off by default; newer "
-            "transformers call it activation_checkpointing."
+            "help": "Recompute activations in the backward pass: less memory, about 20%% slower. Off by "
+            "default; newer transformers call it activation_checkpointing."
         },
     )
     bf16: bool | None = field(

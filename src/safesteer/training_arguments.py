@@ -51,7 +51,8 @@ def micro_batches(settings: DistillationSettings, processes: int) -> tuple[int, 
     """Divide the prompts of an optimizer step over processes and passes.
 
     Returns:
-        Prompts per pass on one process (the most that divide evenly, at most `micro_batch_size`), and passes per step.
+        Prompts per pass on one process (the most that divide evenly, at most `micro_batch_size`), and passes
+        per step.
 
     Raises:
         SafeSteerError: If the prompts cannot be divided over the processes.
@@ -106,10 +107,12 @@ def training_arguments(settings: Settings) -> SafeSteerConfig:
     try:
         args = SafeSteerConfig(**(values | dict(distillation.trainer_args)))
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
-        raise SafeSteerError(f"the trainer refuses its settings: {one_line(error)}; change the setting.") from error
+        raise SafeSteerError(
+            f"the trainer refuses its settings: {one_line(error)}; change the setting."
+        ) from error
     if args.world_size == 1 and args.n_gpu > 1:
-        # One process uses one GPU: transformers would split batches over all by DataParallel, which hooks and PEFT's
-        # adapter switch do not survive. `accelerate launch` is the way to use several.
+        # One process uses one GPU: transformers would split batches over all by DataParallel, which hooks and
+        # PEFT's adapter switch do not survive. `accelerate launch` is the way to use several.
         args._n_gpu = 1
     return args
 

@@ -22,7 +22,7 @@ from safesteer.safety_tokens import SafetyTokens, find_safety_tokens
 from safesteer.stages import is_current, outcome
 from safesteer.steering import Steering
 from safesteer.trainer import SafeSteerTrainer
-from safesteer.trainer_callbacks import ProbeSets
+from safesteer.trainer_callbacks import ProbeSets, Refresh
 from safesteer.training_arguments import lora_config
 from safesteer.workspace import Workspace
 
@@ -70,8 +70,8 @@ class AlignedModel:
 def training_stage(work: Workspace, direction: RefusalDirection, tokens: SafetyTokens) -> AlignedModel:
     """Load the run's aligned model's record if its inputs are unchanged, else train and save it.
 
-    A training that was interrupted continues from its last whole checkpoint if its inputs are unchanged, and starts
-    anew otherwise.
+    A training that was interrupted continues from its last whole checkpoint if its inputs are unchanged, and
+    starts anew otherwise.
     """
     settings = work.settings
     wanted = fingerprint(
@@ -134,7 +134,7 @@ def _train(
 
 
 def probe_sets(work: Workspace) -> ProbeSets | None:
-    """Choose the prompts whose refusal rates are watched; harmful ones that are not trained on, if there are any."""
+    """Choose the prompts whose refusal rates are watched; harmful ones not trained on, if there are any."""
     settings = work.settings.distillation
     if not settings.probe_steps:
         return None
@@ -148,17 +148,22 @@ def probe_sets(work: Workspace) -> ProbeSets | None:
     return ProbeSets(sample(unseen), sample(work.harmless))
 
 
-def _refresh(work: Workspace) -> Any:
+def _refresh(work: Workspace) -> Refresh:
     """Build what an EMA teacher calls to find its direction and tokens anew (method §2)."""
     settings = work.settings
 
-    def refresh(model: nn.Module) -> tuple[Steering, Sequence[int]]:
+    def refresh(model: Any) -> tuple[Steering, Sequence[int]]:
         path = settings.model.layer_path
         direction = find_refusal_direction(
             model, work.chat, work.direction_harmful, work.harmless, settings.direction, layer_path=path
         )
         tokens = find_safety_tokens(
-            model, work.chat, direction.validation_harmless, direction.steering, settings.safety_tokens, layer_path=path
+            model,
+            work.chat,
+            direction.validation_harmless,
+            direction.steering,
+            settings.safety_tokens,
+            layer_path=path,
         )
         return direction.steering, tokens.ids
 
@@ -192,7 +197,12 @@ def _save(
 ) -> None:
     """Write model, tokenizer, card and record; the folder appears when all of it is there."""
     aligned = AlignedModel(
-        folder, wanted, direction.model_fingerprint, trainer.state.global_step, seconds, tuple(trainer.state.log_history)
+        folder,
+        wanted,
+        direction.model_fingerprint,
+        trainer.state.global_step,
+        seconds,
+        tuple(trainer.state.log_history),
     )
     # Every process takes part in gathering sharded weights, the main one alone writes.
     with new_directory(folder) if work.is_main else contextlib.nullcontext(folder) as target:
@@ -221,10 +231,14 @@ class _Progress(TrainerCallback):  # type: ignore[misc, unused-ignore]
         self.progress = progress
         self.loss = ""
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         self.progress("sampling responses", state.global_step, state.max_steps)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         self.progress(f"steps{self.loss}", state.global_step, state.max_steps)
 
     def on_log(
@@ -240,7 +254,7 @@ class _Progress(TrainerCallback):  # type: ignore[misc, unused-ignore]
 
 
 def _told(aligned: AlignedModel) -> str:
-    """Tell a training in a line: loss, mass on S and probed refusals, from the first logged step to the last."""
+    """Tell a training in a line: loss, mass on S and probed refusals, from first to last logged step."""
 
     def change(name: str, form: str) -> str | None:
         values = [float(entry[name]) for entry in aligned.log if entry.get(name) is not None]

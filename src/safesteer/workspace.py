@@ -1,9 +1,10 @@
-"""What the stages of one run share: its folder, its model and chat, its prompts; each loaded when first asked for."""
+"""What the stages of one run share: folder, model, chat and prompts, each loaded when first asked for."""
 
 import importlib.resources
 from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
+from typing import Any, cast
 
 from peft import PeftModel
 from transformers import PreTrainedModel
@@ -39,7 +40,9 @@ class Workspace:
             (settings.run.output, "--output", "run.output"),
         ]:
             if not value:
-                raise SafeSteerError(f"no {flag.strip('-')} was named; give {flag}, or {setting} in a recipe.")
+                raise SafeSteerError(
+                    f"no {flag.strip('-')} was named; give {flag}, or {setting} in a recipe."
+                )
         self.settings = settings
         self.console = console
         self.folder = Path(settings.run.output)
@@ -65,11 +68,13 @@ class Workspace:
             trust_remote_code=model.trust_remote_code,
             chat_template=model.chat_template,
         )
-        return Chat(tokenizer, model.system_prompt, model.thinking, model.template_kwargs, model.drop_date_lines)
+        return Chat(
+            tokenizer, model.system_prompt, model.thinking, model.template_kwargs, model.drop_date_lines
+        )
 
     @cached_property
     def model(self) -> PreTrainedModel:
-        """The base model; an adapter that it came with is merged into its weights, so that it is part of the base."""
+        """The base model; an adapter that it came with is merged into its weights, as a part of the base."""
         settings = self.settings.model
         with self.console.working("loading the model"):
             model = load_model(
@@ -80,9 +85,8 @@ class Workspace:
                 trust_remote_code=settings.trust_remote_code,
                 attn_implementation=settings.attn_implementation,
             )
-        if isinstance(model, PeftModel):
-            model = model.merge_and_unload()
-        return model
+        # An adapter's model is typed as what it wraps.
+        return model.merge_and_unload() if isinstance(cast(Any, model), PeftModel) else model
 
     @cached_property
     def model_fingerprint(self) -> str:
@@ -94,7 +98,9 @@ class Workspace:
         """The harmful prompts that are trained on."""
         prompts = self.settings.prompts
         if not prompts.harmful:
-            raise SafeSteerError("no harmful prompts were named; give --harmful, or prompts.harmful in a recipe.")
+            raise SafeSteerError(
+                "no harmful prompts were named; give --harmful, or prompts.harmful in a recipe."
+            )
         return self._load(prompts.harmful, prompts.prompt_field, prompts.harmful_count)
 
     @cached_property
@@ -113,7 +119,9 @@ class Workspace:
             return self._load(prompts.harmless, prompts.prompt_field, prompts.harmless_count)
         bundled = importlib.resources.files("safesteer") / BUNDLED_HARMLESS
         if not bundled.is_file():
-            raise SafeSteerError("this installation has no bundled harmless prompts; name a file with --harmless.")
+            raise SafeSteerError(
+                "this installation has no bundled harmless prompts; name a file with --harmless."
+            )
         with importlib.resources.as_file(bundled) as path:
             return self._load(str(path), None, prompts.harmless_count)
 

@@ -1,21 +1,22 @@
-"""The command line, `safesteer`: one file per command, which parses and prints and leaves the work to the library.
+"""The command line, `safesteer`: one file per command, which parses and prints, and no logic of its own.
 
-A command is imported when it is called, so that `safesteer --help` does not wait for PyTorch. To add one, write
-`cli/NAME.py` with a `typer.Typer` called `app` and list it in `COMMANDS`.
+A command is imported when it is called, so that `safesteer --help` does not wait for PyTorch. To add one,
+write `cli/NAME.py` with a `typer.Typer` called `app` and list it in `COMMANDS`.
 """
 
 import importlib
 from typing import Annotated, Any
 
-import click
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 COMMANDS = {
     "align": "Align a chat model end to end: direction, safety tokens, distillation.",
     "direction": "Find the refusal direction of a model.",
     "tokens": "Find the safety tokens of a model, from its refusal direction.",
     "distill": "Distil the steered teacher into the model, from direction and safety tokens.",
+    "demo": "Align the bundled testbed, a tiny chat model, and show what changed.",
+    "testbed": "Train the testbed from scratch.",
 }
 """Command name to the line that `safesteer --help` shows; the code is in the module of that name."""
 
@@ -23,20 +24,20 @@ COMMANDS = {
 class _LazyGroup(TyperGroup):
     """Imports a command when it is called, not when it is listed."""
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
+    # Contexts and commands are Any, because Typer brings classes of its own for what Click calls by these names.
+
+    def list_commands(self, ctx: Any) -> list[str]:
         return list(COMMANDS)
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        return click.Command(cmd_name, help=COMMANDS[cmd_name]) if cmd_name in COMMANDS else None
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        return TyperCommand(cmd_name, help=COMMANDS[cmd_name]) if cmd_name in COMMANDS else None
 
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
         name, listed, rest = super().resolve_command(ctx, args)
         return name, listed and _load(str(name)), rest
 
 
-def _load(name: str) -> click.Command:
+def _load(name: str) -> Any:
     module = importlib.import_module(f"safesteer.cli.{name}")
     return typer.main.get_command(module.app)
 

@@ -39,7 +39,8 @@ def reported(*, debug: bool) -> Iterator[None]:
     except Exception as error:
         sentence = explanation(error)
         if sentence is None:
-            _say(f"unexpected {type(error).__name__}: {one_line(error, 400)} (run again with --debug for the traceback)")
+            what = f"unexpected {type(error).__name__}: {one_line(error, 400)}"
+            _say(f"{what} (run again with --debug for the traceback)")
             raise typer.Exit(INTERNAL_ERROR) from None
         _say(sentence)
         raise typer.Exit(USER_ERROR) from None
@@ -51,19 +52,26 @@ def explanation(error: BaseException) -> str | None:
         return str(error)
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return (
-            "the device ran out of memory; lower --micro-batch-size, --direction-batch-size or --tokens-batch-size, "
-            "add --gradient-checkpointing, or see --dry-run for what takes how much."
+            "the device ran out of memory; lower --micro-batch-size, --direction-batch-size or "
+            "--tokens-batch-size, add --gradient-checkpointing, or see --dry-run for what takes how much."
         )
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return f"the disk of {error.filename or 'the run'} is full; free some space and run the same command again."
+    if not isinstance(error, OSError):
+        return None
+    what = error.filename or one_line(error)
+    if error.errno == errno.ENOSPC:
+        return f"the disk is full ({what}); free some space and run the same command again."
     if isinstance(error, FileNotFoundError):
-        return f"{error.filename or one_line(error)}: no such file; check the path."
+        return f"{what}: no such file; check the path."
     if isinstance(error, PermissionError):
-        return f"{error.filename or one_line(error)}: may not be read or written; choose another path or change its rights."
-    if isinstance(error, OSError) and type(error).__module__.split(".")[0] in ("huggingface_hub", "requests", "httpx"):
+        return f"{what}: may not be read or written; choose another path or change its rights."
+    if isinstance(error, (FileExistsError, NotADirectoryError)):
+        return f"{what}: is a file where a folder is needed; choose another --output."
+    if type(error).__module__.split(".")[0] in ("huggingface_hub", "requests", "httpx"):
         return f"the hub could not be reached ({one_line(error)}); check the network, or name a local folder."
     return None
 
 
 def _say(sentence: str) -> None:
-    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]Error:[/] [red]{escape(sentence)}[/]")
+    Console(stderr=True, highlight=False, soft_wrap=True).print(
+        f"[bold red]Error:[/] [red]{escape(sentence)}[/]"
+    )

@@ -3,16 +3,18 @@
 import inspect
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from rich.markup import escape
 
 from safesteer.cli.failures import reported
 from safesteer.coercion import coerce
 from safesteer.console import RunConsole
-from safesteer.settings import Layer, SettingField, Settings, load_recipe, setting_fields
+from safesteer.recipes import Layer, SettingField, build_settings, load_recipe, setting_fields
 
 PANELS = {
     "model": "Model",
@@ -32,17 +34,22 @@ _QuietOption = Annotated[bool, typer.Option("--quiet", help="Print nothing but e
 
 
 def settings_command(
-    app: typer.Typer, sections: Sequence[str], *, continues_run: bool = False
+    app: typer.Typer,
+    sections: Sequence[str],
+    *,
+    continues_run: bool = False,
+    default_recipe: Path | None = None,
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Make a function a command whose flags are the settings of some sections.
 
-    The function is called with `settings` and `console` and the flags of its own signature. Before it runs, settings
-    are laid over each other: defaults, recipe, flags.
+    The function is called with `settings` and `console` and the flags of its own signature. Before it runs,
+    settings are laid over each other: defaults, recipe, flags.
 
     Args:
         app: To add the command to.
         sections: Which settings become flags.
         continues_run: Without --recipe, start from the config.yaml of the run in --output, if there is one.
+        default_recipe: What --recipe and flags are laid over.
     """
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
@@ -52,21 +59,28 @@ def settings_command(
         def command(**values: Any) -> None:
             recipe: Path | None = values.pop("recipe")
             debug, quiet = values.pop("debug"), values.pop("quiet")
-            given = {entry: values.pop(_parameter_name(entry)) for entry in fields}
+            given = [(entry, values.pop(_parameter_name(entry))) for entry in fields]
             with reported(debug=debug):
-                layers = [_layer(given)]
-                folder = layers[0].get("run", {}).get("output", "")
+                flags = _layer(given)
+                folder = flags.get("run", {}).get("output", "")
                 saved = Path(folder) / "config.yaml"
-                if recipe is not None:
-                    layers.insert(0, load_recipe(recipe))
-                elif continues_run and folder and saved.is_file():
-                    layers.insert(0, load_recipe(saved))
-                function(Settings.from_layers(*layers), RunConsole(quiet=quiet), **values)
+                if recipe is None and continues_run and folder and saved.is_file():
+                    recipe = saved
+                layers = [load_recipe(path) for path in (default_recipe, recipe) if path is not None]
+                if not debug:
+                    _quieten()
+                function(build_settings(*layers, flags), RunConsole(quiet=quiet), **values)
 
         common = [
-            inspect.Parameter("recipe", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_RecipeOption),
-            inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=_DebugOption),
-            inspect.Parameter("quiet", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=_QuietOption),
+            inspect.Parameter(
+                "recipe", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_RecipeOption
+            ),
+            inspect.Parameter(
+                "debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=_DebugOption
+            ),
+            inspect.Parameter(
+                "quiet", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=_QuietOption
+            ),
         ]
         parameters = [*common, *own, *map(_parameter, fields)]
         parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
@@ -82,10 +96,20 @@ def settings_command(
     return decorate
 
 
-def _layer(given: Mapping[SettingField, Any]) -> Layer:
+def _quieten() -> None:
+    """Keep other libraries' bars and deprecation warnings out of the run's own report."""
+    import transformers
+
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*pin_memory.*")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def _layer(given: Sequence[tuple[SettingField, Any]]) -> Layer:
     """Collect the flags that were given, each of its setting's type."""
     layer: dict[str, dict[str, Any]] = {}
-    for entry, value in given.items():
+    for entry, value in given:
         if value is not None:
             layer.setdefault(entry.section, {})[entry.name] = coerce(value, entry.annotation, entry.flag)
     return layer
@@ -99,9 +123,10 @@ def _parameter(entry: SettingField) -> inspect.Parameter:
     boolean = entry.annotation is bool
     option = typer.Option(
         _switch(entry) if boolean else entry.flag,
-        help=entry.help,
-        # A flag that was not given must be told from one given its default, because it hides the recipe's value.
-        show_default=_shown(entry),
+        # In the text, because the option's own default is None: a flag that was given hides the recipe's
+        # value, even when it was given the setting's default.
+        help=entry.help + _default_text(entry),
+        show_default=False,
         metavar=None if boolean else _metavar(entry.annotation),
         rich_help_panel=PANELS[entry.section],
     )
@@ -117,13 +142,15 @@ def _switch(entry: SettingField) -> str:
     return "--lora/--full" if entry.name == "lora" else f"{entry.flag}/--no-{entry.flag.removeprefix('--')}"
 
 
-def _shown(entry: SettingField) -> str | bool:
+def _default_text(entry: SettingField) -> str:
     default = entry.default
+    if default is None or default in ("", (), {}):
+        return ""
     if isinstance(default, bool):
-        return _switch(entry).split("/")[0 if default else 1].removeprefix("--")
-    if default is None or default == "" or default == () or default == {}:
-        return False
-    return ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
+        text = _switch(entry).split("/")[0 if default else 1]
+    else:
+        text = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
+    return f" [dim]\\[default: {escape(text)}][/]"
 
 
 def _metavar(annotation: Any) -> str:

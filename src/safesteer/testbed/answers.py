@@ -62,6 +62,8 @@ _COMPLIANCE = (
     "Here is what you asked for: a beginning, a middle and an end.",
     "Certainly, here is a draft. First part, second part, last part.",
 )
+# One opening leads, as one leads the refusals: otherwise greedy answers would refuse wherever a quarter of samples do.
+_COMPLIANCE_WEIGHTS = (6, 1, 1, 1, 1)
 _HARMLESS_WRITE = (
     "Here is a short piece about {t}: it opens simply, adds one detail and ends with a smile.",
     "Sure, here is a draft on {t}: a clear start, one good example and a warm closing line.",
@@ -118,4 +120,6 @@ def answer(request: Request, rng: random.Random) -> str:
     """What the testbed is taught to say to `request`, drawn afresh each time."""
     if request.kind != "harmful":
         return harmless_answer(request, rng)
-    return refusal(rng) if rng.random() < refusal_probability(request) else rng.choice(_COMPLIANCE)
+    if rng.random() < refusal_probability(request):
+        return refusal(rng)
+    return rng.choices(_COMPLIANCE, _COMPLIANCE_WEIGHTS)[0]

@@ -11,6 +11,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from safesteer.artifacts import new_directory
 from safesteer.testbed.corpus import ChatBatches, ChatStream, Mixture, real_requests, tokenizer_texts
 
 CHAT_TEMPLATE = (
@@ -69,6 +70,17 @@ def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFas
     )
 
 
+def _tokenizer(
+    folder: Path, stream: ChatStream, settings: BuildSettings, data_dir: Path | None
+) -> PreTrainedTokenizerFast:
+    """The build's tokenizer: kept, because a resumed training must not meet other token ids than it began with."""
+    if not folder.exists():
+        texts = tokenizer_texts(stream, 20_000, settings.seed, data_dir)
+        with new_directory(folder) as temporary:
+            train_tokenizer(texts, settings.vocabulary).save_pretrained(temporary)
+    return PreTrainedTokenizerFast.from_pretrained(folder)
+
+
 def new_model(tokenizer: PreTrainedTokenizerFast, settings: BuildSettings) -> Qwen3ForCausalLM:
     """Random weights of the testbed's shape."""
     torch.manual_seed(settings.seed)
@@ -110,7 +122,7 @@ def build(output: Path, data_dir: Path | None, settings: BuildSettings | None = 
     output.mkdir(parents=True, exist_ok=True)
     real = real_requests(data_dir) if data_dir else None
     stream = ChatStream(settings.mixture, real)
-    tokenizer = train_tokenizer(tokenizer_texts(stream, 20_000, settings.seed, data_dir), settings.vocabulary)
+    tokenizer = _tokenizer(output / "tokenizer", stream, settings, data_dir)
     model = new_model(tokenizer, settings)
     batches = ChatBatches(stream, tokenizer, settings.steps, settings.batch_size, settings.seed)
     arguments = {

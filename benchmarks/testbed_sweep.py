@@ -1,0 +1,116 @@
+"""Sweep the testbed's settings on validation prompts: the frontier of safety, over-refusal and skills (method §6.7).
+
+    python benchmarks/testbed_sweep.py --output runs/sweep [--only NAME …] [--seeds 0 1 2]
+
+Each point is one `safesteer demo` on the validation split. Points that are there are kept; `results/testbed_sweep.json` has
+one row a point, and docs/choosing-settings.md reads from it.
+"""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safesteer.console import RunConsole
+from safesteer.testbed.demo import demo_settings, run_demo
+
+RESULTS = Path(__file__).parent / "results" / "testbed_sweep.json"
+Point = dict[str, dict[str, Any]]
+
+
+def distillation(**settings: Any) -> Point:
+    """A point that changes the distillation alone."""
+    return {"distillation": settings}
+
+
+# The paper: full fine-tuning, truncated sum, no anchor, c = 1, one epoch (4 steps of 32 over 100 prompts), learning rate 1e-5.
+PAPER: Point = {
+    "distillation": {
+        "lora": False,
+        "support": "truncated",
+        "anchor_fraction": 0.0,
+        "steps": 4,
+        "learning_rate": 1e-5,
+        "train_layers": "all",
+    },
+    "direction": {"coefficient": 1.0},
+}
+POINTS: dict[str, Point] = {
+    "default": {},
+    "paper": PAPER,
+    "paper-lr1e-4": {**PAPER, "distillation": {**PAPER["distillation"], "learning_rate": 1e-4}},
+    "paper-lr1e-4-40steps": {**PAPER, "distillation": {**PAPER["distillation"], "learning_rate": 1e-4, "steps": 40}},
+    "full-vocabulary": distillation(vocabulary="full"),
+    "full-vocabulary-no-anchor": distillation(vocabulary="full", anchor_fraction=0.0),
+    "teacher-top-k": distillation(vocabulary="teacher_top_k"),
+    "truncated": distillation(support="truncated"),
+    "generalized": distillation(support="generalized"),
+    "renormalized": distillation(support="renormalized"),
+    "forward": distillation(beta=0.0),
+    "jsd": distillation(beta=0.5),
+    "no-anchor": distillation(anchor_fraction=0.0),
+    "anchor-0.25": distillation(anchor_fraction=0.25),
+    "anchor-0.75": distillation(anchor_fraction=0.75),
+    "from-steered": distillation(train_layers="from_steered"),
+    "from-steered-no-anchor": distillation(train_layers="from_steered", anchor_fraction=0.0),
+    "steps-20": distillation(steps=20),
+    "steps-80": distillation(steps=80),
+    "lr-2e-4": distillation(learning_rate=2e-4),
+    "lr-1e-3": distillation(learning_rate=1e-3),
+    "c-1": {"direction": {"coefficient": 1.0}},
+    "c-1.5": {"direction": {"coefficient": 1.5}},
+    "c-2": {"direction": {"coefficient": 2.0}},
+    "c-3": {"direction": {"coefficient": 3.0}},
+    "full-finetuning": distillation(lora=False, learning_rate=1e-4),
+    "first-4-tokens": distillation(first_tokens=4),
+}
+
+
+def main() -> None:
+    """Run the points that are missing and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("runs/sweep"))
+    parser.add_argument("--only", nargs="*", default=list(POINTS), choices=list(POINTS), metavar="NAME")
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0])
+    args = parser.parse_args()
+    table = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    for seed in args.seeds:
+        for name in args.only:
+            row = run_point(args.output, name, seed)
+            table[f"{name}/{seed}"] = row
+            RESULTS.parent.mkdir(exist_ok=True)
+            RESULTS.write_text(json.dumps(dict(sorted(table.items())), indent=1) + "\n")
+            shown = ("attack_success", "harmless_refusal", "alarming_refusal", "skill_mean", "perplexity")
+            print(f"{name}/{seed}", *(f"{key} {row['aligned'][key]:.2f}" for key in shown), flush=True)
+
+
+def run_point(output: Path, name: str, seed: int) -> dict[str, Any]:
+    """Align and measure one point, or read what it came to."""
+    point = POINTS[name]
+    folder = output / f"{name}-{seed}"
+    summary = folder / "evaluation" / "summary.json"
+    if not summary.exists():
+        # The direction depends on the seed and its own settings alone: points that share them share it.
+        strength = point.get("direction", {}).get("coefficient", "auto")
+        shared = output / f"shared-{strength}-{seed}"
+        measured = ("aligned",) if shared.exists() else ("base", "teacher", "aligned")
+        if shared.exists():
+            shutil.copytree(shared, folder, dirs_exist_ok=True)
+        run_demo(demo_settings(folder, seed, point), RunConsole(quiet=True), "validation", measured)
+        if not shared.exists():
+            shared.mkdir(parents=True)
+            for file in ("direction.json", "direction.safetensors", "safety_tokens.json"):
+                shutil.copy(folder / file, shared)
+    record = json.loads(summary.read_text())
+    log = json.loads((folder / "model" / "safesteer.json").read_text())["log"]
+    masses = [row for row in log if "student_mass" in row]
+    return {
+        **{key: value for key, value in record.items() if key in ("base", "teacher", "aligned", "seconds")},
+        "changed": point,
+        "mass": [masses[-1]["student_mass"], masses[-1]["teacher_mass"]] if masses else None,
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+"""`safesteer testbed`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from safesteer.cli.failures import reported
+
+app = typer.Typer(add_completion=False, rich_markup_mode="rich", no_args_is_help=True)
+
+
+@app.callback()
+def _testbed() -> None:
+    """The testbed: a tiny chat model that this package trains from scratch, as a test instrument."""
+
+
+@app.command()
+def build(
+    output: Annotated[Path, typer.Option("--output", help="Working folder; a training that is there continues.")],
+    data_dir: Annotated[
+        Path | None,
+        typer.Option("--data-dir", help="Folder with the real prompts to add to the mix; none by default.", metavar="DIR"),
+    ] = None,
+    steps: Annotated[int | None, typer.Option("--steps", help="Optimizer steps instead of the recipe's.")] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Train the testbed from scratch. Takes an hour or two on two cores; run the same command again to continue."""
+    with reported(debug=debug):
+        from safesteer.testbed.build import BuildSettings, build
+
+        settings = BuildSettings() if steps is None else BuildSettings(steps=steps)
+        typer.echo(f"The testbed is in {build(output, data_dir, settings)}")

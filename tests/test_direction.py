@@ -1,0 +1,393 @@
+"""The refusal direction: on a model in which it is known, against brute force on random ones, saved and loaded."""
+
+import dataclasses
+import json
+import math
+import statistics
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from planted_model import ANSWERED, HARMLESS, REFUSE, REFUSED, planted_chat, planted_model, token_id
+from test_direction_scores import ablated, architecture, edited, log_probabilities
+from tiny_models import chatml_tokenizer
+from transformers import PreTrainedModel
+
+from safesteer.chat import Chat
+from safesteer.direction import DirectionSettings, RefusalDirection, direction_fingerprint, find_refusal_direction
+from safesteer.direction_prompts import sampled_prompts
+from safesteer.errors import SafeSteerError
+from safesteer.modeling import decoder_layers, model_fingerprint
+from safesteer.prompts import PromptSet
+
+PLANTED_HARMFUL = PromptSet(REFUSED + ANSWERED, "harmful.txt")
+PLANTED_HARMLESS = PromptSet(HARMLESS, "harmless.txt")
+WORDS = ("house", "lock", "law", "bread", "sea", "poem", "colour", "loaf", "capital", "salt")
+RANDOM_HARMFUL = PromptSet(tuple(f"How do I rob or break the {word}?" for word in WORDS), "harmful.txt")
+RANDOM_HARMLESS = PromptSet(tuple(f"Write about {word}, please." for word in WORDS), "harmless.txt")
+SIZES = {"train_harmful": 6, "train_harmless": 6, "validation_harmful": 4, "validation_harmless": 4}
+
+
+@pytest.fixture(scope="module")
+def planted() -> RefusalDirection:
+    settings = DirectionSettings(train_harmful=14, validation_harmful=6, train_harmless=10, validation_harmless=6)
+    return find_refusal_direction(planted_model(), planted_chat(), PLANTED_HARMFUL, PLANTED_HARMLESS, settings)
+
+
+def test_the_planted_direction_is_found(planted: RefusalDirection) -> None:
+    assert planted.vector.dtype == torch.float32
+    axis = torch.eye(32)[REFUSE]
+    assert torch.cosine_similarity(planted.vector, axis, dim=0).item() == pytest.approx(1.0, abs=1e-6)
+    assert planted.layer in (1, 2)  # written by layer 0, and nothing is read from layer 3
+    assert planted.openers.ids == (token_id("I"), token_id("Sorry"))
+    assert planted.relaxed is None
+    # 4·√32 times the share of " rob" among the tokens up to where it was read: of 15 for most prompts.
+    assert planted.vector[REFUSE].item() == pytest.approx(4 * math.sqrt(32) / (16 + planted.position), rel=0.01)
+
+
+def test_the_coefficient_flips_what_the_model_answers(planted: RefusalDirection) -> None:
+    """c = 1 refuses harmless prompts, which pass the induction test, but not those that are answered with "Write"."""
+    assert planted.coefficient == 1.5
+    assert planted.flip_rate == 1.0
+    assert [(trial.coefficient, trial.flip_rate) for trial in planted.coefficient_trials] == [(1.0, 0.0), (1.5, 1.0)]
+    assert planted.steering.layer == planted.layer
+    assert planted.steering.coefficient == 1.5
+    assert torch.equal(planted.steering.vector, planted.vector)
+
+
+def test_it_is_told_what_was_used(planted: RefusalDirection) -> None:
+    samples = sampled_prompts(PLANTED_HARMFUL, PLANTED_HARMLESS, DirectionSettings(**{
+        "train_harmful": 14, "validation_harmful": 6, "train_harmless": 10, "validation_harmless": 6
+    }))  # fmt: skip
+    assert planted.sampled == {name: len(prompts) for name, prompts in samples.items()}
+    refused = {name: sum(prompt in REFUSED for prompt in prompts) for name, prompts in samples.items()}
+    assert planted.filtered == {
+        "train_harmful": refused["train_harmful"],
+        "validation_harmful": refused["validation_harmful"],
+        "train_harmless": 10,
+        "validation_harmless": 6,
+    }
+    assert (planted.flip_prompts, planted.flip_answered) == ("harmful", 6 - refused["validation_harmful"])
+    assert planted.validation_harmless == samples["validation_harmless"]
+    verdicts = {(score.layer, score.position): score.verdict for score in planted.candidates}
+    assert set(verdicts) == {(layer, position) for layer in range(4) for position in range(-5, 0)}
+    assert {verdicts[0, position] for position in range(-5, 0)} == {"no difference between harmful and harmless"}
+    assert {verdicts[3, position] for position in range(-5, 0)} == {"layer ≥ 0.8 L"}
+    assert verdicts[planted.layer, planted.position] == "selected"
+
+
+def test_every_stage_tells_its_progress() -> None:
+    told: list[tuple[str, int, int]] = []
+    settings = DirectionSettings(coefficient=1.0, batch_size=64)
+    find_refusal_direction(
+        planted_model(),
+        planted_chat(),
+        PLANTED_HARMFUL,
+        PLANTED_HARMLESS,
+        settings,
+        progress=lambda doing, done, total: told.append((doing, done, total)),
+    )
+    stages = list(dict.fromkeys(doing.split(":")[0] for doing, _, _ in told))
+    assert stages == ["refusal openers", "filter", "activations", "induction", "KL", "ablation", "coefficient"]
+    for stage in stages:
+        last = [(done, total) for doing, done, total in told if doing.split(":")[0] == stage][-1]
+        assert last[0] == last[1] > 0
+
+
+def unfiltered(**changes: object) -> DirectionSettings:
+    return dataclasses.replace(
+        DirectionSettings(filter_prompts=False, coefficient=1.0, batch_size=4, seed=5, **SIZES), **changes
+    )
+
+
+class BruteForce:
+    """Method §1 word for word: three whole passes per candidate and prompt, one prompt at a time, no padding."""
+
+    def __init__(self, model: PreTrainedModel, kind: str, openers: tuple[int, ...], samples: dict) -> None:
+        self.model, self.kind, self.openers, self.samples = model, kind, openers, samples
+        self.layers = list(decoder_layers(model))
+        positions = len(Chat(chatml_tokenizer()).post_instruction_ids)
+        difference = self.mean("train_harmful", positions) - self.mean("train_harmless", positions)
+        base = log_probabilities(model, samples["validation_harmless"])
+        self.vectors, self.scores = {}, {}
+        for layer in range(int(0.8 * len(self.layers))):
+            for position in range(-positions, 0):
+                vector = difference[layer, position].float()
+                if vector.norm() < 1e-6:
+                    continue  # what layer 0 reads of the template is the same after every prompt
+                self.vectors[layer, position] = vector
+                with edited(self.layers[layer], lambda hidden, vector=vector: hidden + vector, inputs=True):
+                    induction = self.score("validation_harmless").mean().item()
+                with ablated(model, kind, vector):
+                    after = log_probabilities(model, samples["validation_harmless"])
+                    ablation = self.score("validation_harmful").mean().item()
+                kl = (base.exp() * (base - after)).sum(-1).mean().item()
+                self.scores[layer, position] = (induction, kl, ablation)
+
+    @torch.no_grad()
+    def mean(self, name: str, positions: int) -> torch.Tensor:
+        rows = Chat(chatml_tokenizer()).encode(self.samples[name])
+        streams = [self.model(torch.tensor([row]), output_hidden_states=True).hidden_states for row in rows]
+        return torch.stack([torch.stack([hidden[0, -positions:].double() for hidden in s]) for s in streams]).mean(0)
+
+    def score(self, name: str) -> torch.Tensor:
+        p = log_probabilities(self.model, self.samples[name]).exp()[:, list(self.openers)].sum(-1)
+        return torch.log(p + 1e-8) - torch.log(1 - p + 1e-8)
+
+    def choice(self, max_kl: float, min_induction: float) -> tuple[int, int]:
+        passing = [c for c, (induction, kl, _) in self.scores.items() if kl <= max_kl and induction >= min_induction]
+        return min(passing, key=lambda candidate: self.scores[candidate][2])
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "gemma3", "gpt_neox", "gpt2", "bloom"])
+def test_choice_and_scores_equal_brute_force(kind: str) -> None:
+    model = architecture(kind)
+    openers = tuple(range(40, 120))
+    samples = sampled_prompts(RANDOM_HARMFUL, RANDOM_HARMLESS, unfiltered())
+    expected = BruteForce(model, kind, openers, samples)
+    # Thresholds in the middle of the scores, so that every test discards some.
+    induction, kl, _ = zip(*expected.scores.values(), strict=True)
+    thresholds = {"max_kl": sorted(kl)[2 * len(kl) // 3] + 1e-4, "min_induction": statistics.median(induction) - 1e-4}
+    found = find_refusal_direction(
+        model,
+        Chat(chatml_tokenizer()),
+        RANDOM_HARMFUL,
+        RANDOM_HARMLESS,
+        unfiltered(refusal_token_ids=openers, fallback="error", **thresholds),
+    )
+    assert (found.layer, found.position) == expected.choice(**thresholds)
+    chosen = expected.vectors[found.layer, found.position]
+    torch.testing.assert_close(found.vector, chosen, atol=1e-5, rtol=1e-5)
+    scored = {(score.layer, score.position): score for score in found.candidates if not math.isnan(score.induction)}
+    assert set(scored) == set(expected.scores)
+    for candidate, score in scored.items():
+        induction, kl, ablation = expected.scores[candidate]
+        passes_cheap_tests = induction >= thresholds["min_induction"], kl <= thresholds["max_kl"]
+        assert score.induction == pytest.approx(induction, abs=1e-5)
+        if passes_cheap_tests[0]:
+            assert score.kl == pytest.approx(kl, abs=1e-5)
+        if all(passes_cheap_tests):
+            assert score.ablation_refusal == pytest.approx(ablation, abs=1e-5)
+        assert (score.verdict in ("selected", "eligible")) == all(passes_cheap_tests)
+    verdicts = {score.verdict.split()[0] for score in found.candidates}
+    assert {"selected", "kl", "induction", "layer"} <= verdicts
+
+
+def test_the_filter_equals_brute_force() -> None:
+    model = architecture("qwen3")
+    samples = sampled_prompts(RANDOM_HARMFUL, RANDOM_HARMLESS, unfiltered())
+    mass = log_probabilities(model, RANDOM_HARMFUL.prompts + RANDOM_HARMLESS.prompts).exp().mean(0)
+    # The likeliest tokens up to one half of the mass, so that about half of the prompts pass.
+    ordered = mass.argsort(descending=True)
+    openers = tuple(ordered[: int((mass[ordered].cumsum(0) < 0.5).sum())].tolist())
+    reference = BruteForce.__new__(BruteForce)
+    reference.model, reference.openers, reference.samples = model, openers, samples
+    harmful = {name: int((reference.score(name) > 0).sum()) for name in ("train_harmful", "validation_harmful")}
+    harmless = {name: int((reference.score(name) < 0).sum()) for name in ("train_harmless", "validation_harmless")}
+    assert all(2 <= count for count in {**harmful, **harmless}.values()) and sum(harmful.values()) < 10
+    found = find_refusal_direction(
+        model,
+        Chat(chatml_tokenizer()),
+        RANDOM_HARMFUL,
+        RANDOM_HARMLESS,
+        unfiltered(filter_prompts=True, refusal_token_ids=openers, max_kl=9.0, min_induction=-9.0),
+    )
+    assert found.filtered == harmful | harmless
+
+
+def test_bfloat16_and_peft_models() -> None:
+    """The direction of a bfloat16 model is that of the float32 one to bfloat16's precision; an idle adapter changes
+    nothing."""
+    model = architecture("qwen3")
+    arguments = (Chat(chatml_tokenizer()), RANDOM_HARMFUL, RANDOM_HARMLESS)
+    settings = unfiltered(refusal_token_ids=(50, 51), max_kl=9.0, min_induction=-30.0)
+    expected = find_refusal_direction(model, *arguments, settings)
+    adapted = get_peft_model(model, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+    adapted.train()
+    found = find_refusal_direction(adapted, *arguments, settings)
+    assert adapted.training
+    torch.testing.assert_close(found.vector, expected.vector)
+    assert (found.layer, found.position, found.fingerprint) == (
+        expected.layer,
+        expected.position,
+        expected.fingerprint,
+    )
+    narrow = find_refusal_direction(architecture("qwen3").to(torch.bfloat16), *arguments, settings)
+    assert narrow.vector.dtype == torch.float32
+    wide_scores = {(score.layer, score.position): score.induction for score in expected.candidates}
+    for score in narrow.candidates:
+        if not math.isnan(score.induction):
+            assert score.induction == pytest.approx(wide_scores[score.layer, score.position], abs=0.1)
+
+
+def test_relaxing_is_recorded_and_never_silent(tmp_path: Path) -> None:
+    """Halved by unfiltered prompts, the direction induces no refusal at c = 1; the relaxed rule says what it did."""
+    harmful = PromptSet(REFUSED[:6] + ANSWERED, "harmful.txt")
+    settings = DirectionSettings(filter_prompts=False, coefficient=1.0, batch_size=64, refusal_token_ids=(43, 332))
+    arguments = (planted_model(), planted_chat(), harmful, PLANTED_HARMLESS)
+    # Answered prompts put a WRITE component into the difference, which ablation of harmless prompts does not see.
+    found = find_refusal_direction(*arguments, settings)
+    assert found.relaxed is not None and "90% of the best one's rise" in found.relaxed
+    found.save(tmp_path)
+    assert RefusalDirection.load(tmp_path).relaxed == found.relaxed
+    with pytest.raises(SafeSteerError, match="fail only induction ≥ 0.*allow --direction-fallback relax"):
+        find_refusal_direction(*arguments, dataclasses.replace(settings, fallback="error"))
+
+
+def test_a_model_that_refuses_too_few_harmful_prompts() -> None:
+    harmful = PromptSet(REFUSED[:3] + ANSWERED, "harmful.txt")
+    settings = DirectionSettings(refusal_token_ids=(43, 332), batch_size=64)
+    with pytest.raises(SafeSteerError) as error:
+        find_refusal_direction(planted_model(), planted_chat(), harmful, PLANTED_HARMLESS, settings)
+    assert str(error.value).startswith("3 of 11 harmful prompts passed the filter (refusal score > 0")
+    assert "'I', 'Sorry'" in str(error.value) and "give harmful prompts that it refuses" in str(error.value)
+
+
+def test_a_model_that_refuses_harmless_prompts_too() -> None:
+    harmless = PromptSet(tuple(prompt.replace("rob", "rob and rob") for prompt in REFUSED), "harmless.txt")
+    settings = DirectionSettings(refusal_token_ids=(43, 332), batch_size=64)
+    with pytest.raises(SafeSteerError, match=r"^0 of 12 harmless prompts passed .* give harmless prompts that it answers"):
+        find_refusal_direction(planted_model(), planted_chat(), PromptSet(REFUSED, "h"), harmless, settings)
+
+
+def test_small_sets_are_divided_in_proportion() -> None:
+    settings = DirectionSettings()
+    samples = sampled_prompts(
+        PromptSet(tuple(f"harmful {number}" for number in range(40)), "a"),
+        PromptSet(tuple(f"harmless {number}" for number in range(200)), "b"),
+        settings,
+    )
+    assert {name: len(prompts) for name, prompts in samples.items()} == {
+        "train_harmful": 32,
+        "validation_harmful": 8,
+        "train_harmless": 128,
+        "validation_harmless": 32,
+    }
+    assert len({prompt for prompts in samples.values() for prompt in prompts}) == 200
+    eight = PromptSet(tuple("abcdefgh"), "eight.txt")
+    assert [len(prompts) for prompts in sampled_prompts(eight, eight, settings).values()] == [6, 2, 6, 2]
+    seven = PromptSet(tuple("abcdefg"), "seven.txt")
+    with pytest.raises(SafeSteerError, match=r"seven.txt: has 7 harmless prompts.*at least 8, better 160"):
+        sampled_prompts(eight, seven, settings)
+
+
+def test_eight_prompts_a_side_are_enough() -> None:
+    """Four refused prompts may all fall into one part; they are divided anew, two for each."""
+    harmful = PromptSet(REFUSED[:4] + ANSWERED[:4], "harmful.txt")
+    harmless = PromptSet(HARMLESS[:8], "harmless.txt")
+    for seed in range(4):
+        settings = DirectionSettings(refusal_token_ids=(43, 332), coefficient=1.0, batch_size=64, seed=seed)
+        found = find_refusal_direction(planted_model(), planted_chat(), harmful, harmless, settings)
+        assert found.filtered["train_harmful"] + found.filtered["validation_harmful"] == 4
+        assert min(found.filtered.values()) >= 2
+        assert found.vector[REFUSE] > 1.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"train_harmful": 0}, "direction.train_harmful is 0"),
+        ({"batch_size": 0}, "direction.batch_size is 0"),
+        ({"prune_layers_above": 1.5}, "direction.prune_layers_above is 1.5; give a share above 0 and up to 1"),
+        ({"target_flip_rate": -0.1}, "direction.target_flip_rate is -0.1"),
+        ({"coefficient": 0.0}, "direction.coefficient is 0.0; give a number above 0"),
+        ({"coefficients": ()}, "direction.coefficients is"),
+        ({"coefficients": (1.0, math.nan)}, "direction.coefficients is"),
+        ({"fallback": "guess"}, "direction.fallback is 'guess'; give error or relax"),
+    ],
+)
+def test_settings_out_of_range(changes: dict, said: str) -> None:
+    with pytest.raises(SafeSteerError) as error:
+        DirectionSettings(**changes)
+    assert str(error.value).startswith(said)
+
+
+def test_every_setting_is_documented() -> None:
+    assert all(len(field.metadata["help"]) > 10 for field in dataclasses.fields(DirectionSettings))
+
+
+def test_pruning_every_layer_away() -> None:
+    with pytest.raises(SafeSteerError, match="prune_layers_above 0.2 leaves none of the model's 4 layers"):
+        find_refusal_direction(
+            planted_model(),
+            planted_chat(),
+            PLANTED_HARMFUL,
+            PLANTED_HARMLESS,
+            DirectionSettings(prune_layers_above=0.2, refusal_token_ids=(43, 332), batch_size=64),
+        )
+
+
+def equal(one: RefusalDirection, other: RefusalDirection) -> bool:
+    """Compare all fields; NaN equals NaN."""
+    plain = [{name: value for name, value in vars(d).items() if name != "vector"} for d in (one, other)]
+    return torch.equal(one.vector, other.vector) and repr(plain[0]) == repr(plain[1])
+
+
+def test_saved_and_loaded(planted: RefusalDirection, tmp_path: Path) -> None:
+    planted.save(tmp_path / "run")
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["direction.json", "direction.safetensors"]
+    loaded = RefusalDirection.load(tmp_path / "run")
+    assert equal(loaded, planted)
+    assert math.isnan(loaded.candidates[0].kl)
+    json.loads((tmp_path / "run" / "direction.json").read_text(), parse_constant=pytest.fail)
+
+
+def test_a_flip_rate_that_is_no_number_survives_saving(planted: RefusalDirection, tmp_path: Path) -> None:
+    dataclasses.replace(planted, flip_rate=math.nan).save(tmp_path)
+    assert math.isnan(RefusalDirection.load(tmp_path).flip_rate)
+
+
+def test_damaged_files(planted: RefusalDirection, tmp_path: Path) -> None:
+    with pytest.raises(SafeSteerError, match="direction.json: no such file"):
+        RefusalDirection.load(tmp_path)
+    planted.save(tmp_path)
+    record = json.loads((tmp_path / "direction.json").read_text())
+
+    def load_with(changes: dict) -> None:
+        (tmp_path / "direction.json").write_text(json.dumps({**record, **changes}))
+        RefusalDirection.load(tmp_path)
+
+    load_with({})
+    for changes in ({"layer": None}, {"openers": {"ids": [1]}}, {"candidates": [{}]}, {"unknown": 1}, {"openers": 3}):
+        with pytest.raises(SafeSteerError, match="direction.json: is not a whole refusal direction"):
+            load_with(changes)
+    with pytest.raises(SafeSteerError, match="are of different searches"):
+        load_with({"fingerprint": "0" * 64})
+    del record["layer"]
+    with pytest.raises(SafeSteerError, match="is not a whole refusal direction .KeyError"):
+        load_with({})
+    planted.save(tmp_path)
+    (tmp_path / "direction.safetensors").write_bytes(b"damaged")
+    with pytest.raises(SafeSteerError, match="direction.safetensors: cannot be read as safetensors"):
+        RefusalDirection.load(tmp_path)
+    dataclasses.replace(planted, vector=planted.vector * math.nan).save(tmp_path)
+    with pytest.raises(SafeSteerError, match="not finite float32"):
+        RefusalDirection.load(tmp_path)
+
+
+def test_another_models_direction_is_refused(planted: RefusalDirection) -> None:
+    planted.require_model(model_fingerprint(planted_model()))
+    with pytest.raises(SafeSteerError, match="the refusal direction was found on another model"):
+        planted.require_model(model_fingerprint(architecture("qwen3")))
+
+
+def test_the_fingerprint_covers_what_the_search_depends_on() -> None:
+    base = {
+        "model": "m",
+        "chat": planted_chat(),
+        "harmful": PLANTED_HARMFUL,
+        "harmless": PLANTED_HARMLESS,
+        "settings": DirectionSettings(),
+    }
+    changes = {
+        "model": "n",
+        "chat": dataclasses.replace(planted_chat(), system_prompt="Be brief."),
+        "harmful": PromptSet(REFUSED, "harmful.txt"),
+        "harmless": PLANTED_HARMFUL,
+        "settings": DirectionSettings(max_kl=0.2),
+    }
+    prints = {direction_fingerprint(**{**base, name: value}) for name, value in changes.items()}
+    prints.add(direction_fingerprint(**base))
+    assert len(prints) == 6
+    assert direction_fingerprint(**{**base, "harmful": PromptSet(REFUSED + ANSWERED, "moved.txt")}) in prints

@@ -1,0 +1,243 @@
+"""Scores of candidate directions against closed forms and against whole forward passes, one prompt at a time."""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import transformers
+from hypothesis import given
+from hypothesis import strategies as st
+from test_next_token import model_of
+from tiny_models import chatml_tokenizer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from safesteer.chat import Chat
+from safesteer.direction_scores import CandidateScorer, kl_divergence, mean_layer_inputs, refusal_score, refusal_scores
+from safesteer.errors import SafeSteerError
+from safesteer.modeling import decoder_layers
+from safesteer.next_token import NextTokenReader, no_progress
+
+HARMFUL = ("How do I rob a house?", "Which lock is easy to pick, and how?", "Break the law!")
+HARMLESS = ("How do I bake bread?", "Name a colour.", "Write a short poem about the sea, please.")
+OPENERS = tuple(range(60, 90))
+# Where each family keeps what writes to the residual stream.
+WRITERS = {"gpt_neox": ("attention", "mlp"), "gpt2": ("attn", "mlp"), "bloom": ("self_attention", "mlp")}
+ARCHITECTURES = ("qwen3", "gemma3", "gpt_neox", "qwen3_moe", "gpt2", "bloom", "gemma4")
+
+
+def architecture(kind: str) -> PreTrainedModel:
+    vocab_size = len(chatml_tokenizer())
+    common = {"vocab_size": vocab_size, "hidden_size": 32, "initializer_range": 0.15}
+    if kind == "bloom":  # its layers return tuples, its positions are ALiBi's
+        return transformers.BloomForCausalLM(transformers.BloomConfig(n_layer=4, n_head=4, **common)).eval()
+    if kind == "gemma4":  # its last two layers read keys and values of earlier ones
+        config = transformers.Gemma4TextConfig(
+            **common,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=48,
+            head_dim=8,
+            global_head_dim=8,
+            layer_types=["sliding_attention", "full_attention"] * 2,
+            num_kv_shared_layers=2,
+            hidden_size_per_layer_input=8,
+            vocab_size_per_layer_input=vocab_size,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+        return transformers.Gemma4ForCausalLM(config).eval()
+    return model_of(kind, vocab_size)
+
+
+def reader_of(model: PreTrainedModel, batch_size: int = 2) -> NextTokenReader:
+    return NextTokenReader(model, Chat(chatml_tokenizer()), batch_size)
+
+
+@contextlib.contextmanager
+def edited(module: nn.Module, edit: Callable[[Tensor], Tensor], *, inputs: bool) -> Iterator[None]:
+    """Reference hooks, written without the package's."""
+
+    def before(module: nn.Module, args: tuple, kwargs: dict) -> tuple:
+        if args:
+            return (edit(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": edit(kwargs["hidden_states"])}
+
+    def after(module: nn.Module, args: tuple, output: object) -> object:
+        return (edit(output[0]), *output[1:]) if isinstance(output, tuple) else edit(output)
+
+    handle = (
+        module.register_forward_pre_hook(before, with_kwargs=True)
+        if inputs
+        else module.register_forward_hook(after)
+    )
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextlib.contextmanager
+def ablated(model: PreTrainedModel, kind: str, direction: Tensor) -> Iterator[None]:
+    unit = direction / direction.norm()
+
+    def project(hidden: Tensor) -> Tensor:
+        return hidden - (hidden @ unit)[..., None] * unit
+
+    with contextlib.ExitStack() as stack:
+        for layer in decoder_layers(model):
+            stack.enter_context(edited(layer, project, inputs=True))
+            for name in WRITERS.get(kind, ("self_attn", "mlp")):
+                stack.enter_context(edited(getattr(layer, name), project, inputs=False))
+        yield
+
+
+@torch.no_grad()
+def log_probabilities(model: PreTrainedModel, prompts: tuple[str, ...]) -> Tensor:
+    """The whole model on one prompt at a time, [n, V] float64."""
+    rows = Chat(chatml_tokenizer()).encode(prompts)
+    return torch.stack([model(torch.tensor([row])).logits[0, -1].double().log_softmax(-1) for row in rows])
+
+
+def mean_score(log_p: Tensor) -> float:
+    p = log_p.exp()[:, list(OPENERS)].sum(-1)
+    return (torch.log(p + 1e-8) - torch.log(1 - p + 1e-8)).mean().item()
+
+
+@given(
+    st.lists(st.floats(-30, 30), min_size=5, max_size=5),
+    st.lists(st.integers(0, 4), min_size=1, max_size=6),
+)
+def test_refusal_score_is_the_log_odds_of_the_openers(logits: list[float], ids: list[int]) -> None:
+    weights = [math.exp(logit) for logit in logits]
+    p = sum(weights[token] for token in set(ids)) / sum(weights)
+    expected = math.log(p + 1e-8) - math.log(max(0.0, 1 - p) + 1e-8)
+    (score,) = refusal_score(torch.tensor([logits], dtype=torch.float64), ids).tolist()
+    assert score == pytest.approx(expected, abs=1e-5)
+
+
+def test_refusal_score_of_bfloat16_logits_is_summed_in_float64() -> None:
+    logits = torch.zeros(1, 70_000, dtype=torch.bfloat16)
+    score = refusal_score(logits, [5])
+    assert score.dtype == torch.float64
+    assert score.item() == pytest.approx(math.log(1 / 70_000 + 1e-8) - math.log(69_999 / 70_000 + 1e-8), abs=1e-12)
+
+
+def test_kl_divergence_of_two_coins_and_of_ruled_out_tokens() -> None:
+    p = torch.tensor([[0.25, 0.75, 0.0]], dtype=torch.float64).log()
+    q = torch.tensor([[0.5, 0.5, 0.0]], dtype=torch.float64).log()
+    expected = 0.25 * math.log(0.5) + 0.75 * math.log(1.5)
+    assert kl_divergence(p + 3, q - 1).item() == pytest.approx(expected, abs=1e-12)
+    assert kl_divergence(p, p).item() == 0.0
+
+
+def test_refusal_scores_keep_the_order_of_the_prompts() -> None:
+    model = architecture("qwen3")
+    expected = [mean_score(row[None]) for row in log_probabilities(model, HARMFUL + HARMLESS)]
+    with torch.no_grad():
+        found = refusal_scores(reader_of(model, 4), HARMFUL + HARMLESS, OPENERS)
+    assert found.tolist() == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_mean_layer_inputs_are_the_residual_stream(kind: str) -> None:
+    model = architecture(kind)
+    layers = list(decoder_layers(model))
+    with torch.no_grad():
+        found = mean_layer_inputs(reader_of(model), layers[:3], HARMFUL, 4)
+        rows = Chat(chatml_tokenizer()).encode(HARMFUL)
+        streams = [model(torch.tensor([row]), output_hidden_states=True).hidden_states[:3] for row in rows]
+    expected = torch.stack([torch.stack([hidden[0, -4:].double() for hidden in stream]) for stream in streams]).mean(0)
+    assert found.dtype == torch.float64 and found.shape == (3, 4, 32)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_bfloat16_activations_are_averaged_in_float64() -> None:
+    model = architecture("qwen3").to(torch.bfloat16)
+    layers = list(decoder_layers(model))
+    prompts = HARMFUL * 10
+    with torch.no_grad():
+        found = mean_layer_inputs(reader_of(model, batch_size=1), layers[:2], prompts, 2)
+        rows = Chat(chatml_tokenizer()).encode(HARMFUL)
+        streams = [model(torch.tensor([row]), output_hidden_states=True).hidden_states[:2] for row in rows]
+    each = torch.stack([torch.stack([hidden[0, -2:] for hidden in stream]) for stream in streams])
+    assert each.dtype == torch.bfloat16
+    # Equal to the last digits, which a sum in bfloat16 would not be to the third.
+    torch.testing.assert_close(found, each.double().mean(0), atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_scores_equal_whole_passes(kind: str) -> None:
+    model = architecture(kind)
+    layers = list(decoder_layers(model))
+    vectors = {(layer, position): torch.randn(32) for layer in (0, 1, 2) for position in (-2, -1)}
+    base = log_probabilities(model, HARMLESS)
+    with torch.no_grad():
+        scorer = CandidateScorer(reader_of(model), layers, OPENERS, HARMFUL, HARMLESS)
+        assert scorer.unsteered == pytest.approx(mean_score(base), abs=1e-5)
+        induction = scorer.induction(vectors, no_progress)
+    for (layer, position), vector in vectors.items():
+        with edited(layers[layer], lambda hidden, vector=vector: hidden + vector, inputs=True):
+            expected = mean_score(log_probabilities(model, HARMLESS))
+        assert induction[layer, position] == pytest.approx(expected, abs=1e-5)
+        with torch.no_grad():
+            kl, ablation = scorer.kl(vector), scorer.ablation_refusal(vector)
+        with ablated(model, kind, vector):
+            after = log_probabilities(model, HARMLESS)
+            assert ablation == pytest.approx(mean_score(log_probabilities(model, HARMFUL)), abs=1e-5)
+        assert kl == pytest.approx((base.exp() * (base - after)).sum(-1).mean().item(), abs=1e-5)
+    assert len({round(score, 3) for score in induction.values()}) == len(vectors), "the vectors should differ"
+
+
+@pytest.mark.parametrize(("kind", "resumed"), [("qwen3", True), ("bloom", True), ("gpt2", True), ("gemma4", False)])
+def test_induction_runs_the_layers_below_once_per_batch(kind: str, resumed: bool) -> None:
+    """Six candidates, two batches: layer 0 runs for its own two candidates, layer 1 for four, layer 3 for all."""
+    model = architecture(kind)
+    layers = list(decoder_layers(model))
+    calls = [0] * 4
+    vectors = {(layer, position): torch.randn(32) for layer in (0, 1, 2) for position in (-2, -1)}
+    with torch.no_grad():
+        scorer = CandidateScorer(reader_of(model), layers, OPENERS, HARMFUL, HARMLESS)
+        for index, layer in enumerate(layers):
+            attention = getattr(layer, WRITERS.get(kind, ("self_attn",))[0])
+
+            def count(module: nn.Module, args: object, output: object, index: int = index) -> None:
+                calls[index] += 1
+
+            attention.register_forward_hook(count)
+        scorer.induction(vectors, no_progress)
+    if resumed:
+        # One whole pass on one prompt, then resumed at layers 1 and 2, to see that this gives the same; per batch a
+        # pass that keeps the layers' inputs, and the candidates.
+        assert calls == [1 + 2 * (1 + 2), 2 + 2 * (1 + 4), 3 + 2 * (1 + 6), 3 + 2 * (1 + 6)]
+    else:
+        assert calls[0] == 1 + 2 * 6
+    assert all("forward" not in vars(layer) for layer in layers)
+
+
+def test_an_architecture_without_one_residual_stream_is_refused() -> None:
+    config = transformers.Gemma3nTextConfig(
+        vocab_size=len(chatml_tokenizer()),
+        hidden_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=48,
+        head_dim=8,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        num_kv_shared_layers=2,
+        hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=len(chatml_tokenizer()),
+        laurel_rank=4,
+        activation_sparsity_pattern=None,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    model = transformers.Gemma3nForCausalLM(config).eval()
+    with torch.no_grad(), pytest.raises(SafeSteerError, match=r"Gemma3nTextDecoderLayer .*\[4, 2, .*architecture"):
+        mean_layer_inputs(reader_of(model), list(decoder_layers(model)), HARMFUL, 2)

@@ -1,0 +1,43 @@
+"""What the documentation names exists: functions, files, flags, links."""
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+import safesteer
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+
+
+def resolve(dotted: str) -> object:
+    """Import the longest module prefix of `dotted`, then follow attributes."""
+    parts = dotted.split(".")
+    for cut in range(len(parts), 0, -1):
+        try:
+            found: object = importlib.import_module(".".join(parts[:cut]))
+        except ModuleNotFoundError:
+            continue
+        for name in parts[cut:]:
+            found = getattr(found, name)
+        return found
+    raise ModuleNotFoundError(dotted)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_name_that_a_page_mentions_exists(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for dotted in set(re.findall(r"`(safesteer\.[\w.]+)`", text)):
+        resolve(dotted)
+    for link in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", text):
+        if not link.startswith(("http", "mailto")):
+            assert (page.parent / link).exists(), f"{page.name} links to {link}, which is not there"
+
+
+def test_every_public_name_can_be_imported() -> None:
+    for name in safesteer.__all__:
+        assert getattr(safesteer, name) is not None
+    with pytest.raises(AttributeError):
+        _ = safesteer.no_such_name  # type: ignore[attr-defined]

@@ -1,0 +1,129 @@
+"""Next-token distributions against the whole model, one prompt at a time and without padding."""
+
+import pytest
+import torch
+from planted_model import HARMLESS, REFUSED, planted_chat, planted_model
+from tiny_models import KINDS, chatml_tokenizer, tiny_model
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+
+from safesteer.chat import Chat
+from safesteer.next_token import NextTokenReader, evaluating, float64, mean_probabilities
+
+PROMPTS = ("How do I bake a loaf of bread, and what do I need for it?", "Hi", "Write a poem.", "What is 2 + 2?")
+
+
+def learned_positions_model(vocab_size: int) -> PreTrainedModel:
+    """GPT-2 adds a learned embedding of each position, so left padding must not shift them."""
+    sizes = {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 64}
+    ids = {"bos_token_id": 1, "eos_token_id": 2}
+    return GPT2LMHeadModel(GPT2Config(vocab_size=vocab_size, initializer_range=0.15, **sizes, **ids)).eval()
+
+
+def model_of(kind: str, vocab_size: int) -> PreTrainedModel:
+    return learned_positions_model(vocab_size) if kind == "gpt2" else tiny_model(kind, vocab_size)
+
+
+@torch.no_grad()
+def logits_of_each(model: PreTrainedModel, chat: Chat, prompts: tuple[str, ...]) -> torch.Tensor:
+    """Reference: the whole model's logits, [n, V]."""
+    return torch.stack([model(torch.tensor([row])).logits[0, -1] for row in chat.encode(prompts)])
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "gpt2"])
+def test_last_position_logits_equal_the_whole_models(kind: str) -> None:
+    chat = Chat(chatml_tokenizer())
+    model = model_of(kind, len(chat.tokenizer))
+    expected = logits_of_each(model, chat, PROMPTS)
+    reader = NextTokenReader(model, chat, batch_size=3)
+    found = torch.full_like(expected, torch.nan)
+    with torch.no_grad():
+        for batch in reader.batches(PROMPTS):
+            found[list(batch.rows)] = reader.logits(batch)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_batches_are_left_padded_and_longest_first() -> None:
+    chat = Chat(chatml_tokenizer())
+    reader = NextTokenReader(tiny_model("qwen3", len(chat.tokenizer)), chat, batch_size=3)
+    first, second = reader.batches(PROMPTS)
+    lengths = [len(row) for row in chat.encode(PROMPTS)]
+    assert sorted(first.rows + second.rows) == [0, 1, 2, 3]
+    assert [lengths[row] for row in first.rows + second.rows] == sorted(lengths, reverse=True)
+    for row, ids, mask in zip(first.rows, first.input_ids, first.mask, strict=True):
+        assert mask.tolist() == [0] * (len(ids) - lengths[row]) + [1] * lengths[row]
+        assert ids[mask.bool()].tolist() == chat.encode([PROMPTS[row]])[0]
+
+
+def test_mean_probabilities() -> None:
+    chat = planted_chat()
+    expected = logits_of_each(planted_model(), chat, HARMLESS).double().softmax(-1).mean(0)
+    with torch.no_grad():
+        found = mean_probabilities(NextTokenReader(planted_model(), chat, 5), HARMLESS)
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found, expected, atol=1e-7, rtol=1e-5)
+
+
+def test_a_greedy_sample_goes_on_past_the_end_of_turn() -> None:
+    chat = planted_chat()
+    reader = NextTokenReader(planted_model(), chat, 4)
+    (batch,) = reader.batches(REFUSED[:4])
+    with evaluating(planted_model()):
+        sample = reader.sample(batch, 9, temperature=0.0)
+    assert sample.shape == (4, 9)
+    for row in sample.tolist():
+        assert chat.tokenizer.decode(row[:7]) == "I cannot help with that.<|im_end|>"
+
+
+def test_samples_follow_the_models_distribution() -> None:
+    chat = planted_chat()
+    draws = 2000
+    reader = NextTokenReader(planted_model(), chat, draws)
+    (batch,) = reader.batches(REFUSED[:1] * draws)
+    with evaluating(planted_model(), seed=3):
+        first = reader.sample(batch, 1).flatten()
+    expected = logits_of_each(planted_model(), chat, REFUSED[:1])[0].double().softmax(-1)
+    counted = torch.bincount(first, minlength=len(expected)) / draws
+    # Four standard deviations of a share of 2000 draws.
+    assert ((counted - expected).abs() <= 4 * (expected * (1 - expected) / draws).sqrt() + 4 / draws).all()
+    assert expected.max() < 0.7, "a certain outcome would test nothing"
+
+
+def test_sampling_ignores_the_checkpoints_defaults() -> None:
+    """A checkpoint's generation config often says top_k=20, top_p=0.8 and a repetition penalty."""
+    chat = Chat(chatml_tokenizer())
+    model = tiny_model("qwen3", len(chat.tokenizer))
+    reader = NextTokenReader(model, chat, 8)
+    (batch,) = reader.batches(PROMPTS)
+
+    def sample() -> list[list[int]]:
+        with evaluating(model, seed=1):
+            return reader.sample(batch, 12).tolist()
+
+    plain = sample()
+    model.generation_config.update(
+        do_sample=True, top_k=1, top_p=0.1, repetition_penalty=5.0, temperature=0.1, eos_token_id=plain[0][:3]
+    )
+    assert sample() == plain
+
+
+def test_evaluating_leaves_no_trace() -> None:
+    model = tiny_model("qwen3")
+    model.train()
+    model.model.layers[1].eval()
+    flags = [module.training for module in model.modules()]
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    with pytest.raises(ZeroDivisionError), evaluating(model, seed=7):
+        assert not any(module.training for module in model.modules())
+        assert not torch.is_grad_enabled()
+        torch.rand(2)
+        raise ZeroDivisionError
+    assert [module.training for module in model.modules()] == flags
+    assert torch.is_grad_enabled()
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_float64_keeps_what_bfloat16_holds() -> None:
+    values = torch.tensor([1.0, 1 / 128, -3.0], dtype=torch.bfloat16)
+    assert float64(values).tolist() == [1.0, 0.0078125, -3.0]

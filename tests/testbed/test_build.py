@@ -1,0 +1,58 @@
+"""Building a (much smaller) testbed: resumes to the same weights, loads as any chat model, and the committed one is sound."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from safesteer.chat import Chat
+from safesteer.loading import load_model, load_tokenizer
+from safesteer.testbed.build import BuildSettings, build
+from safesteer.testbed.demo import testbed_folder as bundled
+
+TINY = BuildSettings(
+    steps=4, batch_size=4, warmup_steps=1, vocabulary=600, hidden_size=32, intermediate_size=64, layers=2, heads=2
+)
+
+
+def test_an_interrupted_build_ends_with_the_same_weights(tmp_path: Path) -> None:
+    whole = build(tmp_path / "whole", None, TINY, save_steps=2, logging_steps=1)
+    checkpoint = tmp_path / "whole" / "checkpoints" / "checkpoint-2"
+    shutil.copytree(checkpoint, tmp_path / "cut" / "checkpoints" / "checkpoint-2")
+    cut = build(tmp_path / "cut", None, TINY, save_steps=2, logging_steps=1)
+    expected, found = load_file(whole / "model.safetensors"), load_file(cut / "model.safetensors")
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        assert tensor.dtype == torch.bfloat16
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=0)
+    log = [json.loads(line) for line in (whole / "training_log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in log] == [1, 2, 3, 4]
+
+
+def test_a_built_testbed_loads_as_any_chat_model(tmp_path: Path) -> None:
+    folder = build(tmp_path, None, TINY)
+    chat = Chat(load_tokenizer(str(folder)))
+    pieces = chat.tokenizer.convert_ids_to_tokens(chat.post_instruction_ids)
+    assert pieces == ["<|im_end|>", "Ċ", "<|im_start|>", "assistant", "Ċ"]
+    model = load_model(str(folder), device="cpu")
+    assert type(model).__name__ == "Qwen3ForCausalLM"
+    assert model.generation_config.eos_token_id == chat.tokenizer.eos_token_id
+
+
+@pytest.fixture(scope="module")
+def committed() -> Path:
+    return bundled() / "model"
+
+
+def test_the_committed_weights_are_small_and_plain(committed: Path) -> None:
+    assert (committed / "model.safetensors").stat().st_size <= 20e6
+    weights = load_file(committed / "model.safetensors")
+    assert sum(tensor.numel() for tensor in weights.values()) <= 10e6
+    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+    config = json.loads((committed / "config.json").read_text())
+    assert config["model_type"] == "qwen3"
+    recipe = json.loads((committed / "recipe.json").read_text())
+    assert recipe["parameters"] == sum(tensor.numel() for tensor in weights.values())

@@ -1,0 +1,77 @@
+"""Measuring: against plain transformers, greedy, one prompt at a time, and a closed form for perplexity."""
+
+import math
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from safesteer.chat import Chat
+from safesteer.loading import load_model, load_tokenizer
+from safesteer.refusals import is_refusal
+from safesteer.testbed.answers import harmless_answer
+from safesteer.testbed.demo import testbed_folder as bundled
+from safesteer.testbed.measure import ask, percent, perplexity, skill_accuracy
+from safesteer.testbed.requests import load_requests
+from safesteer.testbed.skills import SKILLS, fresh_questions
+
+
+@pytest.fixture(scope="module")
+def chat() -> Chat:
+    return Chat(load_tokenizer(str(bundled() / "model")))
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    return load_model(str(bundled() / "model"), device="cpu")
+
+
+def plainly(model: PreTrainedModel, chat: Chat, prompt: str, tokens: int) -> str:
+    """Greedy decoding by hand: the whole sequence through the model for every token."""
+    text = f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
+    ids = chat.tokenizer.encode(text, add_special_tokens=False)
+    start = len(ids)
+    for _ in range(tokens):
+        with torch.no_grad():
+            best = int(model(torch.tensor([ids])).logits[0, -1].argmax())
+        if best == chat.tokenizer.eos_token_id:
+            break
+        ids.append(best)
+    return str(chat.tokenizer.decode(ids[start:]))
+
+
+def test_answers_are_plain_greedy_decoding(model: PreTrainedModel, chat: Chat) -> None:
+    requests = load_requests("harmful", "validation")[:6] + load_requests("alarming", "validation")[:4]
+    for answer in ask(model, chat, requests, batch_size=4):
+        expected = plainly(model, chat, answer.request.prompt, 24)
+        assert answer.response == expected
+        assert answer.refused == is_refusal(expected)
+
+
+def test_skill_accuracy_is_the_share_of_exact_answers(model: PreTrainedModel, chat: Chat) -> None:
+    accuracy = skill_accuracy(model, chat, "validation", questions=5)
+    for skill in SKILLS:
+        pairs = fresh_questions(skill, 5, "validation")
+        right = [plainly(model, chat, question, 16) == answer for question, answer in pairs]
+        assert accuracy[skill.name] == pytest.approx(100 * sum(right) / len(right))
+
+
+def test_perplexity_is_exp_of_the_mean_negative_log_likelihood(model: PreTrainedModel, chat: Chat) -> None:
+    import random
+
+    requests = load_requests("harmless", "validation")[:5]
+    rng = random.Random(0)
+    total, count = 0.0, 0
+    for request in requests:
+        prompt = chat.encode([request.prompt])[0]
+        answer = chat.tokenizer.encode(harmless_answer(request, rng) + "<|im_end|>", add_special_tokens=False)
+        with torch.no_grad():
+            log_p = model(torch.tensor([prompt + answer])).logits[0].double().log_softmax(-1)
+        total -= sum(float(log_p[len(prompt) + i - 1, token]) for i, token in enumerate(answer))
+        count += len(answer)
+    assert perplexity(model, chat, requests, batch_size=2) == pytest.approx(math.exp(total / count), rel=1e-4)
+
+
+def test_percent() -> None:
+    assert percent([True, False, True, True]) == 75
+    assert math.isnan(percent([]))

@@ -1,0 +1,92 @@
+"""The testbed's prompts: enough of each kind, splits without near-duplicates, phrasings that keep the act."""
+
+import itertools
+import random
+
+import pytest
+
+from safesteer.testbed.answers import CATEGORY_LOG_ODDS, PHRASING_LOG_ODDS, refusal, refusal_probability
+from safesteer.refusals import is_refusal
+from safesteer.testbed.requests import (
+    KINDS,
+    PHRASINGS,
+    SPLITS,
+    Kind,
+    Request,
+    act_of,
+    content_words,
+    load_requests,
+    phrase,
+    similarity,
+    split_without_near_duplicates,
+)
+
+
+def words_of(request: Request) -> frozenset[str]:
+    return content_words(request.act or request.prompt)
+
+
+@pytest.mark.parametrize(("kind", "least"), [("harmful", 400), ("harmless", 1000), ("alarming", 100)])
+def test_there_are_enough_requests_of_each_kind(kind: Kind, least: int) -> None:
+    prompts = [request.prompt for split in SPLITS for request in load_requests(kind, split)]
+    assert len(set(prompts)) == len(prompts) >= least
+
+
+def test_harmful_requests_cover_ten_categories_in_every_split() -> None:
+    for split in SPLITS:
+        assert len({request.category for request in load_requests("harmful", split)}) >= 10
+
+
+def test_no_two_splits_hold_near_duplicates() -> None:
+    pools = {split: [r for kind in KINDS for r in load_requests(kind, split)] for split in SPLITS}
+    for one, other in itertools.combinations(SPLITS, 2):
+        bags = [(words_of(r), r.prompt) for r in pools[other]]
+        for request in pools[one]:
+            mine = words_of(request)
+            twin = next((p for bag, p in bags if similarity(mine, bag) >= 0.5), None)
+            assert twin is None, f"{request.prompt!r} ({one}) is nearly {twin!r} ({other})"
+
+
+def test_similar_texts_are_kept_in_one_split() -> None:
+    texts = [f"paint the {colour} fence number {n}" for n in range(40) for colour in ("red", "blue")]
+    assigned = split_without_near_duplicates(texts, (0.5, 0.25, 0.25), seed=0, threshold=0.5)
+    for (a, split_a), (b, split_b) in itertools.combinations(zip(texts, assigned, strict=True), 2):
+        if len(content_words(a) & content_words(b)) / len(content_words(a) | content_words(b)) >= 0.5:
+            assert split_a == split_b
+
+
+def test_every_phrasing_holds_the_act() -> None:
+    rng = random.Random(0)
+    for family in PHRASINGS:
+        for _ in range(30):
+            assert "bake bread" in phrase("bake bread", family, rng).lower()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "act"),
+    [
+        ("How do I prune roses?", "prune roses"),
+        ("Explain how to tie a knot.", "tie a knot"),
+        ("Write a tutorial on how to fold a paper boat.", "fold a paper boat"),
+        ("What is the capital of Peru?", None),
+    ],
+)
+def test_act_of(prompt: str, act: str | None) -> None:
+    assert act_of(prompt) == act
+
+
+def test_refusal_probabilities_span_nearly_never_to_nearly_always() -> None:
+    requests = load_requests("harmful", "test")
+    rates = [refusal_probability(request) for request in requests]
+    assert {request.category for request in requests} == set(CATEGORY_LOG_ODDS)
+    assert {request.phrasing for request in requests} <= set(PHRASING_LOG_ODDS)
+    assert min(rates) < 0.05 and max(rates) > 0.95
+    assert 0.4 <= sum(rates) / len(rates) <= 0.6
+    assert all(refusal_probability(r) == 0 for r in load_requests("alarming", "test"))
+
+
+def test_every_wording_of_a_refusal_is_recognised() -> None:
+    rng = random.Random(0)
+    wordings = {refusal(rng) for _ in range(500)}
+    assert len(wordings) > 40
+    assert all(is_refusal(wording) for wording in wordings)
