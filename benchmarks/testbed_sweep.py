@@ -64,6 +64,12 @@ POINTS: dict[str, Point] = {
     "c-3": {"direction": {"coefficient": 3.0}},
     "full-finetuning": distillation(lora=False, learning_rate=1e-4),
     "first-4-tokens": distillation(first_tokens=4),
+    # The note on the truncated sum: long training without the anchor, so that nothing but the support holds the student back.
+    **{
+        f"long-{support}": distillation(support=support, steps=150, anchor_fraction=0.0)
+        for support in ("truncated", "tail", "generalized", "renormalized")
+    },
+    "long-full": distillation(vocabulary="full", steps=150, anchor_fraction=0.0),
 }
 
 
@@ -104,11 +110,12 @@ def run_point(output: Path, name: str, seed: int) -> dict[str, Any]:
                 shutil.copy(folder / file, shared)
     record = json.loads(summary.read_text())
     log = json.loads((folder / "model" / "safesteer.json").read_text())["log"]
-    masses = [row for row in log if "student_mass" in row]
+    # Step, student's and teacher's mass on S over the tokens of the responses to harmful prompts.
+    masses = [[row["step"], round(row["student_mass"], 5), round(row["teacher_mass"], 5)] for row in log if "student_mass" in row]
     return {
         **{key: value for key, value in record.items() if key in ("base", "teacher", "aligned", "seconds")},
         "changed": point,
-        "mass": [masses[-1]["student_mass"], masses[-1]["teacher_mass"]] if masses else None,
+        "mass": masses[4::5],
     }
 
 

@@ -15,10 +15,10 @@ So the refusal direction is the axis REFUSE and the refusal openers are "I" and 
 import functools
 
 import torch
-from tiny_models import chatml_tokenizer, tiny_model
 from transformers import PreTrainedModel
 
 from safesteer.chat import Chat
+from tiny_models import chatml_tokenizer, tiny_model
 
 SENTENCES = (
     "I cannot help with that.",
@@ -107,7 +107,7 @@ def planted_model() -> PreTrainedModel:
         head = model.get_output_embeddings().weight
         for chain in chains:
             for token, following in zip(chain, [*chain[1:], end], strict=True):
-                head[following, axis[token]] = 6.0
+                head[following, axis[token]] = 9.0
         head[token_id("The"), axis[newline]] = 2.0
         head[token_id("Write"), WRITE] = 2.0
         head[token_id("I"), REFUSE] = 2.0

@@ -9,17 +9,22 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from planted_model import ANSWERED, HARMLESS, REFUSE, REFUSED, planted_chat, planted_model, token_id
-from test_direction_scores import ablated, architecture, edited, log_probabilities
-from tiny_models import chatml_tokenizer
 from transformers import PreTrainedModel
 
+from planted_model import ANSWERED, HARMLESS, REFUSE, REFUSED, planted_chat, planted_model, token_id
 from safesteer.chat import Chat
-from safesteer.direction import DirectionSettings, RefusalDirection, direction_fingerprint, find_refusal_direction
+from safesteer.direction import (
+    DirectionSettings,
+    RefusalDirection,
+    direction_fingerprint,
+    find_refusal_direction,
+)
 from safesteer.direction_prompts import sampled_prompts
 from safesteer.errors import SafeSteerError
 from safesteer.modeling import decoder_layers, model_fingerprint
 from safesteer.prompts import PromptSet
+from test_direction_scores import ablated, architecture, edited, log_probabilities
+from tiny_models import chatml_tokenizer
 
 PLANTED_HARMFUL = PromptSet(REFUSED + ANSWERED, "harmful.txt")
 PLANTED_HARMLESS = PromptSet(HARMLESS, "harmless.txt")
@@ -31,8 +36,12 @@ SIZES = {"train_harmful": 6, "train_harmless": 6, "validation_harmful": 4, "vali
 
 @pytest.fixture(scope="module")
 def planted() -> RefusalDirection:
-    settings = DirectionSettings(train_harmful=14, validation_harmful=6, train_harmless=10, validation_harmless=6)
-    return find_refusal_direction(planted_model(), planted_chat(), PLANTED_HARMFUL, PLANTED_HARMLESS, settings)
+    settings = DirectionSettings(
+        train_harmful=14, validation_harmful=6, train_harmless=10, validation_harmless=6
+    )
+    return find_refusal_direction(
+        planted_model(), planted_chat(), PLANTED_HARMFUL, PLANTED_HARMLESS, settings
+    )
 
 
 def test_the_planted_direction_is_found(planted: RefusalDirection) -> None:
@@ -43,14 +52,19 @@ def test_the_planted_direction_is_found(planted: RefusalDirection) -> None:
     assert planted.openers.ids == (token_id("I"), token_id("Sorry"))
     assert planted.relaxed is None
     # 4·√32 times the share of " rob" among the tokens up to where it was read: of 15 for most prompts.
-    assert planted.vector[REFUSE].item() == pytest.approx(4 * math.sqrt(32) / (16 + planted.position), rel=0.01)
+    assert planted.vector[REFUSE].item() == pytest.approx(
+        4 * math.sqrt(32) / (16 + planted.position), rel=0.01
+    )
 
 
 def test_the_coefficient_flips_what_the_model_answers(planted: RefusalDirection) -> None:
     """c = 1 refuses harmless prompts, which pass the induction test, but not those that are answered with "Write"."""
     assert planted.coefficient == 1.5
     assert planted.flip_rate == 1.0
-    assert [(trial.coefficient, trial.flip_rate) for trial in planted.coefficient_trials] == [(1.0, 0.0), (1.5, 1.0)]
+    assert [(trial.coefficient, trial.flip_rate) for trial in planted.coefficient_trials] == [
+        (1.0, 0.0),
+        (1.5, 1.0),
+    ]
     assert planted.steering.layer == planted.layer
     assert planted.steering.coefficient == 1.5
     assert torch.equal(planted.steering.vector, planted.vector)
@@ -72,7 +86,9 @@ def test_it_is_told_what_was_used(planted: RefusalDirection) -> None:
     assert planted.validation_harmless == samples["validation_harmless"]
     verdicts = {(score.layer, score.position): score.verdict for score in planted.candidates}
     assert set(verdicts) == {(layer, position) for layer in range(4) for position in range(-5, 0)}
-    assert {verdicts[0, position] for position in range(-5, 0)} == {"no difference between harmful and harmless"}
+    assert {verdicts[0, position] for position in range(-5, 0)} == {
+        "no difference between harmful and harmless"
+    }
     assert {verdicts[3, position] for position in range(-5, 0)} == {"layer ≥ 0.8 L"}
     assert verdicts[planted.layer, planted.position] == "selected"
 
@@ -89,7 +105,15 @@ def test_every_stage_tells_its_progress() -> None:
         progress=lambda doing, done, total: told.append((doing, done, total)),
     )
     stages = list(dict.fromkeys(doing.split(":")[0] for doing, _, _ in told))
-    assert stages == ["refusal openers", "filter", "activations", "induction", "KL", "ablation", "coefficient"]
+    assert stages == [
+        "refusal openers",
+        "filter",
+        "activations",
+        "induction",
+        "KL",
+        "ablation",
+        "coefficient",
+    ]
     for stage in stages:
         last = [(done, total) for doing, done, total in told if doing.split(":")[0] == stage][-1]
         assert last[0] == last[1] > 0
@@ -129,14 +153,18 @@ class BruteForce:
     def mean(self, name: str, positions: int) -> torch.Tensor:
         rows = Chat(chatml_tokenizer()).encode(self.samples[name])
         streams = [self.model(torch.tensor([row]), output_hidden_states=True).hidden_states for row in rows]
-        return torch.stack([torch.stack([hidden[0, -positions:].double() for hidden in s]) for s in streams]).mean(0)
+        return torch.stack(
+            [torch.stack([hidden[0, -positions:].double() for hidden in s]) for s in streams]
+        ).mean(0)
 
     def score(self, name: str) -> torch.Tensor:
         p = log_probabilities(self.model, self.samples[name]).exp()[:, list(self.openers)].sum(-1)
         return torch.log(p + 1e-8) - torch.log(1 - p + 1e-8)
 
     def choice(self, max_kl: float, min_induction: float) -> tuple[int, int]:
-        passing = [c for c, (induction, kl, _) in self.scores.items() if kl <= max_kl and induction >= min_induction]
+        passing = [
+            c for c, (induction, kl, _) in self.scores.items() if kl <= max_kl and induction >= min_induction
+        ]
         return min(passing, key=lambda candidate: self.scores[candidate][2])
 
 
@@ -146,9 +174,10 @@ def test_choice_and_scores_equal_brute_force(kind: str) -> None:
     openers = tuple(range(40, 120))
     samples = sampled_prompts(RANDOM_HARMFUL, RANDOM_HARMLESS, unfiltered())
     expected = BruteForce(model, kind, openers, samples)
-    # Thresholds in the middle of the scores, so that every test discards some.
-    induction, kl, _ = zip(*expected.scores.values(), strict=True)
-    thresholds = {"max_kl": sorted(kl)[2 * len(kl) // 3] + 1e-4, "min_induction": statistics.median(induction) - 1e-4}
+    # Thresholds amid the scores, so that every test discards some.
+    middle = statistics.median(induction for induction, _, _ in expected.scores.values()) - 1e-4
+    inducing = [kl for induction, kl, _ in expected.scores.values() if induction >= middle]
+    thresholds = {"max_kl": statistics.median(inducing) + 1e-4, "min_induction": middle}
     found = find_refusal_direction(
         model,
         Chat(chatml_tokenizer()),
@@ -159,7 +188,9 @@ def test_choice_and_scores_equal_brute_force(kind: str) -> None:
     assert (found.layer, found.position) == expected.choice(**thresholds)
     chosen = expected.vectors[found.layer, found.position]
     torch.testing.assert_close(found.vector, chosen, atol=1e-5, rtol=1e-5)
-    scored = {(score.layer, score.position): score for score in found.candidates if not math.isnan(score.induction)}
+    scored = {
+        (score.layer, score.position): score for score in found.candidates if not math.isnan(score.induction)
+    }
     assert set(scored) == set(expected.scores)
     for candidate, score in scored.items():
         induction, kl, ablation = expected.scores[candidate]
@@ -177,15 +208,21 @@ def test_choice_and_scores_equal_brute_force(kind: str) -> None:
 def test_the_filter_equals_brute_force() -> None:
     model = architecture("qwen3")
     samples = sampled_prompts(RANDOM_HARMFUL, RANDOM_HARMLESS, unfiltered())
-    mass = log_probabilities(model, RANDOM_HARMFUL.prompts + RANDOM_HARMLESS.prompts).exp().mean(0)
-    # The likeliest tokens up to one half of the mass, so that about half of the prompts pass.
-    ordered = mass.argsort(descending=True)
-    openers = tuple(ordered[: int((mass[ordered].cumsum(0) < 0.5).sum())].tolist())
-    reference = BruteForce.__new__(BruteForce)
-    reference.model, reference.openers, reference.samples = model, openers, samples
-    harmful = {name: int((reference.score(name) > 0).sum()) for name in ("train_harmful", "validation_harmful")}
-    harmless = {name: int((reference.score(name) < 0).sum()) for name in ("train_harmless", "validation_harmless")}
-    assert all(2 <= count for count in {**harmful, **harmless}.values()) and sum(harmful.values()) < 10
+    # Tokens that hold half of the mass, chosen so that every other prompt has more of it on them, the rest less.
+    p = log_probabilities(model, RANDOM_HARMFUL.prompts + RANDOM_HARMLESS.prompts).exp()
+    ordered = (p[::2].mean(0) / p[1::2].mean(0)).argsort(descending=True)
+    openers = tuple(ordered[p.mean(0)[ordered].cumsum(0) < 0.5].tolist())
+
+    def positive(name: str) -> int:
+        mass = log_probabilities(model, samples[name]).exp()[:, list(openers)].sum(-1)
+        return int((mass > 0.5).sum())
+
+    harmful = {name: positive(name) for name in ("train_harmful", "validation_harmful")}
+    harmless = {
+        name: len(samples[name]) - positive(name) for name in ("train_harmless", "validation_harmless")
+    }
+    assert all(count >= 2 for count in (harmful | harmless).values())
+    assert sum(harmful.values()) < 10 and sum(harmless.values()) < 10, "the filter should leave some out"
     found = find_refusal_direction(
         model,
         Chat(chatml_tokenizer()),
@@ -224,7 +261,9 @@ def test_bfloat16_and_peft_models() -> None:
 def test_relaxing_is_recorded_and_never_silent(tmp_path: Path) -> None:
     """Halved by unfiltered prompts, the direction induces no refusal at c = 1; the relaxed rule says what it did."""
     harmful = PromptSet(REFUSED[:6] + ANSWERED, "harmful.txt")
-    settings = DirectionSettings(filter_prompts=False, coefficient=1.0, batch_size=64, refusal_token_ids=(43, 332))
+    settings = DirectionSettings(
+        filter_prompts=False, coefficient=1.0, batch_size=64, refusal_token_ids=(43, 332)
+    )
     arguments = (planted_model(), planted_chat(), harmful, PLANTED_HARMLESS)
     # Answered prompts put a WRITE component into the difference, which ablation of harmless prompts does not see.
     found = find_refusal_direction(*arguments, settings)
@@ -247,7 +286,9 @@ def test_a_model_that_refuses_too_few_harmful_prompts() -> None:
 def test_a_model_that_refuses_harmless_prompts_too() -> None:
     harmless = PromptSet(tuple(prompt.replace("rob", "rob and rob") for prompt in REFUSED), "harmless.txt")
     settings = DirectionSettings(refusal_token_ids=(43, 332), batch_size=64)
-    with pytest.raises(SafeSteerError, match=r"^0 of 12 harmless prompts passed .* give harmless prompts that it answers"):
+    with pytest.raises(
+        SafeSteerError, match=r"^0 of 12 harmless prompts passed .* give harmless prompts that it answers"
+    ):
         find_refusal_direction(planted_model(), planted_chat(), PromptSet(REFUSED, "h"), harmless, settings)
 
 
@@ -289,7 +330,10 @@ def test_eight_prompts_a_side_are_enough() -> None:
     [
         ({"train_harmful": 0}, "direction.train_harmful is 0"),
         ({"batch_size": 0}, "direction.batch_size is 0"),
-        ({"prune_layers_above": 1.5}, "direction.prune_layers_above is 1.5; give a share above 0 and up to 1"),
+        (
+            {"prune_layers_above": 1.5},
+            "direction.prune_layers_above is 1.5; give a share above 0 and up to 1",
+        ),
         ({"target_flip_rate": -0.1}, "direction.target_flip_rate is -0.1"),
         ({"coefficient": 0.0}, "direction.coefficient is 0.0; give a number above 0"),
         ({"coefficients": ()}, "direction.coefficients is"),
@@ -326,7 +370,10 @@ def equal(one: RefusalDirection, other: RefusalDirection) -> bool:
 
 def test_saved_and_loaded(planted: RefusalDirection, tmp_path: Path) -> None:
     planted.save(tmp_path / "run")
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["direction.json", "direction.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        "direction.json",
+        "direction.safetensors",
+    ]
     loaded = RefusalDirection.load(tmp_path / "run")
     assert equal(loaded, planted)
     assert math.isnan(loaded.candidates[0].kl)
@@ -349,7 +396,13 @@ def test_damaged_files(planted: RefusalDirection, tmp_path: Path) -> None:
         RefusalDirection.load(tmp_path)
 
     load_with({})
-    for changes in ({"layer": None}, {"openers": {"ids": [1]}}, {"candidates": [{}]}, {"unknown": 1}, {"openers": 3}):
+    for changes in (
+        {"layer": None},
+        {"openers": {"ids": [1]}},
+        {"candidates": [{}]},
+        {"unknown": 1},
+        {"openers": 3},
+    ):
         with pytest.raises(SafeSteerError, match="direction.json: is not a whole refusal direction"):
             load_with(changes)
     with pytest.raises(SafeSteerError, match="are of different searches"):

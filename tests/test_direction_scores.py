@@ -9,16 +9,22 @@ import torch
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
-from test_next_token import model_of
-from tiny_models import chatml_tokenizer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from safesteer.chat import Chat
-from safesteer.direction_scores import CandidateScorer, kl_divergence, mean_layer_inputs, refusal_score, refusal_scores
+from safesteer.direction_scores import (
+    CandidateScorer,
+    kl_divergence,
+    mean_layer_inputs,
+    refusal_score,
+    refusal_scores,
+)
 from safesteer.errors import SafeSteerError
 from safesteer.modeling import decoder_layers
 from safesteer.next_token import NextTokenReader, no_progress
+from test_next_token import model_of
+from tiny_models import chatml_tokenizer
 
 HARMFUL = ("How do I rob a house?", "Which lock is easy to pick, and how?", "Break the law!")
 HARMLESS = ("How do I bake bread?", "Name a colour.", "Write a short poem about the sea, please.")
@@ -124,7 +130,9 @@ def test_refusal_score_of_bfloat16_logits_is_summed_in_float64() -> None:
     logits = torch.zeros(1, 70_000, dtype=torch.bfloat16)
     score = refusal_score(logits, [5])
     assert score.dtype == torch.float64
-    assert score.item() == pytest.approx(math.log(1 / 70_000 + 1e-8) - math.log(69_999 / 70_000 + 1e-8), abs=1e-12)
+    assert score.item() == pytest.approx(
+        math.log(1 / 70_000 + 1e-8) - math.log(69_999 / 70_000 + 1e-8), abs=1e-12
+    )
 
 
 def test_kl_divergence_of_two_coins_and_of_ruled_out_tokens() -> None:
@@ -151,7 +159,9 @@ def test_mean_layer_inputs_are_the_residual_stream(kind: str) -> None:
         found = mean_layer_inputs(reader_of(model), layers[:3], HARMFUL, 4)
         rows = Chat(chatml_tokenizer()).encode(HARMFUL)
         streams = [model(torch.tensor([row]), output_hidden_states=True).hidden_states[:3] for row in rows]
-    expected = torch.stack([torch.stack([hidden[0, -4:].double() for hidden in stream]) for stream in streams]).mean(0)
+    expected = torch.stack(
+        [torch.stack([hidden[0, -4:].double() for hidden in stream]) for stream in streams]
+    ).mean(0)
     assert found.dtype == torch.float64 and found.shape == (3, 4, 32)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
@@ -193,7 +203,9 @@ def test_scores_equal_whole_passes(kind: str) -> None:
     assert len({round(score, 3) for score in induction.values()}) == len(vectors), "the vectors should differ"
 
 
-@pytest.mark.parametrize(("kind", "resumed"), [("qwen3", True), ("bloom", True), ("gpt2", True), ("gemma4", False)])
+@pytest.mark.parametrize(
+    ("kind", "resumed"), [("qwen3", True), ("bloom", True), ("gpt2", True), ("gemma4", False)]
+)
 def test_induction_runs_the_layers_below_once_per_batch(kind: str, resumed: bool) -> None:
     """Six candidates, two batches: layer 0 runs for its own two candidates, layer 1 for four, layer 3 for all."""
     model = architecture(kind)
@@ -239,5 +251,8 @@ def test_an_architecture_without_one_residual_stream_is_refused() -> None:
         eos_token_id=2,
     )
     model = transformers.Gemma3nForCausalLM(config).eval()
-    with torch.no_grad(), pytest.raises(SafeSteerError, match=r"Gemma3nTextDecoderLayer .*\[4, 2, .*architecture"):
+    with (
+        torch.no_grad(),
+        pytest.raises(SafeSteerError, match=r"Gemma3nTextDecoderLayer .*\[4, 2, .*architecture"),
+    ):
         mean_layer_inputs(reader_of(model), list(decoder_layers(model)), HARMFUL, 2)

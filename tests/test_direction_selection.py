@@ -43,7 +43,9 @@ class Table:
         return self._row("ablation", vector)[2]
 
 
-def select(table: Table, *, max_kl: float = 0.1, min_induction: float = 0.0, relax: bool = False) -> Selection:
+def select(
+    table: Table, *, max_kl: float = 0.1, min_induction: float = 0.0, relax: bool = False
+) -> Selection:
     return select_candidate(
         table,  # type: ignore[arg-type]
         table.vectors,
@@ -108,7 +110,11 @@ def test_verdicts_say_which_test_was_failed() -> None:
         (9, -1, "layer ≥ 0.8 L"),
     ]
     by_layer = {(score.layer, score.position): score for score in selection.scores}
-    assert (by_layer[2, -2].ablation_refusal, by_layer[2, -2].induction, by_layer[2, -2].kl) == (-4.0, 2.0, 0.1)
+    assert (by_layer[2, -2].ablation_refusal, by_layer[2, -2].induction, by_layer[2, -2].kl) == (
+        -4.0,
+        2.0,
+        0.1,
+    )
     assert math.isnan(by_layer[0, -1].kl) and math.isnan(by_layer[1, -2].ablation_refusal)
     assert table.asked["kl"] == [(1, -2), (1, -1), (2, -2), (3, -1)]
 
@@ -154,13 +160,17 @@ def test_without_relaxing_the_near_misses_are_told() -> None:
 
 def test_relaxing_needs_a_candidate_that_induces_anything() -> None:
     table = Table({(0, -1): (-8.1, 0.05, 0.0), (1, -1): (-9.0, 0.0, 0.0)})
-    with pytest.raises(SafeSteerError, match=r"where adding nothing has induction -8\.000; give harmful prompts"):
+    with pytest.raises(
+        SafeSteerError, match=r"where adding nothing has induction -8\.000; give harmful prompts"
+    ):
         select(table, relax=True)
 
 
 def test_relaxing_does_not_relax_kl() -> None:
     table = Table({(0, -1): (-1.0, 0.2, 0.0), (1, -1): (-2.0, 0.15, 0.0)})
-    with pytest.raises(SafeSteerError, match=r"2 fail both; the nearest being layer 1 .*raise --max-kl above 0\.150"):
+    with pytest.raises(
+        SafeSteerError, match=r"2 fail both; the nearest being layer 1 .*raise --max-kl above 0\.150"
+    ):
         select(table, relax=True)
 
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from planted_model import ANSWERED, HARMLESS, REFUSE, REFUSED, planted_chat, planted_model
 from torch import Tensor
 
+from planted_model import ANSWERED, HARMLESS, REFUSE, REFUSED, planted_chat, planted_model
 from safesteer.direction_strength import Strength, choose_coefficient, is_degenerate
 from safesteer.next_token import no_progress
 from safesteer.steering import Steering
@@ -40,7 +40,11 @@ def test_the_first_coefficient_that_flips_enough_is_taken() -> None:
     """An answered prompt's 19 tokens put 8.5·√32/19 = 2.53 on WRITE, which steering must exceed: 2·1.3 does."""
     strength = search(along_refuse(1.3), (3.0, 2.0, 1.5, 1.0))
     assert strength.coefficient == 2.0
-    assert [(trial.coefficient, trial.flip_rate) for trial in strength.trials] == [(1.0, 0.0), (1.5, 0.0), (2.0, 1.0)]
+    assert [(trial.coefficient, trial.flip_rate) for trial in strength.trials] == [
+        (1.0, 0.0),
+        (1.5, 0.0),
+        (2.0, 1.0),
+    ]
     assert (strength.flip_rate, strength.prompts, strength.answered) == (1.0, "harmful", 8)
 
 
@@ -76,7 +80,16 @@ def test_a_model_that_refuses_everything_has_no_flip_rate() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "  \n", "I I I I I I", "no no no no no", "Sure: the the the the the the", "????????????", "不要不要不要不要"]
+    "text",
+    [
+        "",
+        "  \n",
+        "I I I I I I",
+        "no no no no no",
+        "Sure: the the the the the the",
+        "????????????",
+        "不要不要不要不要",
+    ],
 )
 def test_degenerate(text: str) -> None:
     assert is_degenerate(text)

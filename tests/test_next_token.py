@@ -2,14 +2,19 @@
 
 import pytest
 import torch
-from planted_model import HARMLESS, REFUSED, planted_chat, planted_model
-from tiny_models import KINDS, chatml_tokenizer, tiny_model
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
+from planted_model import HARMLESS, REFUSED, planted_chat, planted_model
 from safesteer.chat import Chat
 from safesteer.next_token import NextTokenReader, evaluating, float64, mean_probabilities
+from tiny_models import KINDS, chatml_tokenizer, tiny_model
 
-PROMPTS = ("How do I bake a loaf of bread, and what do I need for it?", "Hi", "Write a poem.", "What is 2 + 2?")
+PROMPTS = (
+    "How do I bake a loaf of bread, and what do I need for it?",
+    "Hi",
+    "Write a poem.",
+    "What is 2 + 2?",
+)
 
 
 def learned_positions_model(vocab_size: int) -> PreTrainedModel:

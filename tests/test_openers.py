@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from planted_model import ANSWERED, HARMLESS, REFUSED, planted_chat, planted_model, token_id
-from tiny_models import chatml_tokenizer
 
+from planted_model import ANSWERED, HARMLESS, REFUSED, planted_chat, planted_model, token_id
 from safesteer.errors import SafeSteerError
 from safesteer.openers import detect_refusal_openers, openers_from_ids
+from tiny_models import chatml_tokenizer
 
 
 @torch.no_grad()
@@ -22,12 +22,18 @@ def mean_probability(token: int, prompts: tuple[str, ...]) -> float:
 
 def test_openers_are_what_the_refusals_begin_with() -> None:
     harmful = REFUSED + ANSWERED
-    openers = detect_refusal_openers(planted_model(), planted_chat(), harmful, HARMLESS, batch_size=15, seed=1, max_new_tokens=5)
+    openers = detect_refusal_openers(
+        planted_model(), planted_chat(), harmful, HARMLESS, batch_size=15, seed=1, max_new_tokens=5
+    )
     assert openers.texts == ("I", "Sorry")
     assert openers.ids == (token_id("I"), token_id("Sorry"))
     for number, token in enumerate(openers.ids):
-        assert openers.harmful_probability[number] == pytest.approx(mean_probability(token, harmful), abs=1e-6)
-        assert openers.harmless_probability[number] == pytest.approx(mean_probability(token, HARMLESS), abs=1e-6)
+        assert openers.harmful_probability[number] == pytest.approx(
+            mean_probability(token, harmful), abs=1e-6
+        )
+        assert openers.harmless_probability[number] == pytest.approx(
+            mean_probability(token, HARMLESS), abs=1e-6
+        )
 
 
 def test_an_answers_opener_is_none_however_specific_to_harmful_prompts() -> None:
@@ -41,7 +47,9 @@ def test_an_answers_opener_is_none_however_specific_to_harmful_prompts() -> None
 
 def test_shares_count_greedy_and_sampled_refusals() -> None:
     """Every greedy refusal opens with "I", so its share is one half plus half its share of the sampled ones."""
-    openers = detect_refusal_openers(planted_model(), planted_chat(), REFUSED * 20, HARMLESS, seed=2, batch_size=240, max_new_tokens=5)
+    openers = detect_refusal_openers(
+        planted_model(), planted_chat(), REFUSED * 20, HARMLESS, seed=2, batch_size=240, max_new_tokens=5
+    )
     shares = dict(zip(openers.texts, openers.shares, strict=True))
     one, other = (mean_probability(token_id(text), REFUSED) for text in ("I", "Sorry"))
     # 240 greedy refusals, and of 240 samples those that the model begins so; four standard deviations.
@@ -51,7 +59,9 @@ def test_shares_count_greedy_and_sampled_refusals() -> None:
 
 
 def test_a_rare_opener_is_left_out() -> None:
-    openers = detect_refusal_openers(planted_model(), planted_chat(), REFUSED, HARMLESS, minimum_share=0.6, max_new_tokens=5)
+    openers = detect_refusal_openers(
+        planted_model(), planted_chat(), REFUSED, HARMLESS, minimum_share=0.6, max_new_tokens=5
+    )
     assert openers.texts == ("I",)
 
 
@@ -77,12 +87,16 @@ def test_it_is_reproducible_and_tells_its_progress() -> None:
 
 
 def test_a_model_that_never_refuses() -> None:
-    with pytest.raises(SafeSteerError, match=r"none of the 16 responses to the 8 harmful prompts was a refusal"):
+    with pytest.raises(
+        SafeSteerError, match=r"none of the 16 responses to the 8 harmful prompts was a refusal"
+    ):
         detect_refusal_openers(planted_model(), planted_chat(), ANSWERED, HARMLESS)
 
 
 def test_a_model_that_refuses_harmless_prompts_alike() -> None:
-    with pytest.raises(SafeSteerError, match=r"of 24 responses .* were refusals, but .*'I'.*--refusal-token-ids"):
+    with pytest.raises(
+        SafeSteerError, match=r"of 24 responses .* were refusals, but .*'I'.*--refusal-token-ids"
+    ):
         detect_refusal_openers(planted_model(), planted_chat(), REFUSED, REFUSED)
 
 
@@ -99,7 +113,9 @@ def test_openers_given_by_hand() -> None:
     assert openers == replace(openers, shares=(), harmful_probability=(), harmless_probability=())
 
 
-@pytest.mark.parametrize(("ids", "said"), [([], "there is no token id"), ([3, 430], "430 is not"), ([-1], "-1 is not")])
+@pytest.mark.parametrize(
+    ("ids", "said"), [([], "there is no token id"), ([3, 430], "430 is not"), ([-1], "-1 is not")]
+)
 def test_ids_that_the_tokenizer_does_not_have(ids: list[int], said: str) -> None:
     with pytest.raises(SafeSteerError, match=f"--refusal-token-ids .*{said}.* 0 to 429"):
         openers_from_ids(chatml_tokenizer(), ids)

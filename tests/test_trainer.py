@@ -6,13 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
 from torch import Tensor
-from transformers import set_seed
 
 import tiny_training as tiny
 from safesteer.steering import Steering
-from safesteer.trainer import SafeSteerTrainer
 
 IDS = torch.tensor(tiny.SAFETY_TOKENS)
 
@@ -282,127 +279,3 @@ def test_sampling_is_seeded_by_run_and_step_and_leaves_the_global_generator_alon
     assert torch.equal(after, torch.rand(3))
     for other, _ in (sampled(tmp_path, step=1), sampled(tmp_path, seed=7)):
         assert other.shape != responses.shape or not torch.equal(other, responses)
-
-
-@pytest.mark.parametrize("variant", ["full", "lora", "ema"])
-def test_resuming_gives_the_weights_of_the_uninterrupted_run(tmp_path: Path, variant: str) -> None:
-    """Bit for bit: prompts, sampled responses, dropout, optimizer, schedule and EMA teacher continue."""
-
-    def run(folder: str, max_steps: int) -> SafeSteerTrainer:
-        set_seed(0)
-        return tiny.trainer(
-            tmp_path / folder,
-            student=tiny.model(attention_dropout=0.3),
-            peft_config=tiny.lora(lora_dropout=0.3) if variant == "lora" else None,
-            teacher="ema" if variant == "ema" else "auto",
-            ema_rate=0.3,
-            anchor_fraction=0.25,
-            learning_rate=0.02,
-            save_strategy="steps",
-            save_steps=3,
-            max_steps=6,
-        )
-
-    whole = run("whole", 6)
-    whole.train()
-    again = run("again", 6)
-    torch.manual_seed(999)
-    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
-    for (name, one), (_, other) in zip(
-        whole.model.named_parameters(), again.model.named_parameters(), strict=True
-    ):
-        assert torch.equal(one, other), name
-    start = tiny.model(attention_dropout=0.3)
-    if variant != "lora":
-        assert not torch.equal(start.lm_head.weight, whole.model.lm_head.weight), "training must move weights"
-    tail = [entry["loss"] for entry in whole.state.log_history if "loss" in entry][3:]
-    assert tail == [entry["loss"] for entry in again.state.log_history if "loss" in entry][3:]
-
-
-def test_training_moves_the_student_to_the_teacher(tmp_path: Path) -> None:
-    run = tiny.trainer(
-        tmp_path, cls=tiny.FixedResponses, max_steps=30, learning_rate=5e-3, warmup_steps=2, max_grad_norm=0.0
-    )
-    run.train()
-    losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
-    assert losses[-1] < 0.2 * losses[0]
-    gaps = [abs(e["student_mass"] - e["teacher_mass"]) for e in run.state.log_history if "loss" in e]
-    assert gaps[-1] < 0.5 * gaps[0]
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_full_training_from_the_steered_layer(tmp_path: Path, tied: bool) -> None:
-    student = tiny.model(tie_word_embeddings=tied)
-    before = {name: value.clone() for name, value in student.named_parameters()}
-    tiny.trainer(tmp_path, student=student, train_layers="from_steered", max_steps=3, warmup_steps=0).train()
-    moved = {name for name, value in student.named_parameters() if not torch.equal(value, before[name])}
-    parts = {name.rpartition(".")[0] for name in before}
-    above = {part for part in parts if part.startswith(("model.layers.2", "model.layers.3"))} | {"model.norm"}
-    assert {name.rpartition(".")[0] for name in moved} == above | (set() if tied else {"lm_head"})
-
-
-def test_adapter_from_the_steered_layer(tmp_path: Path) -> None:
-    asked = tiny.lora(target_modules=["q_proj", "up_proj"], layers_to_transform=[1, 2, 3])
-    for config in (tiny.lora(), asked):
-        run = tiny.trainer(tmp_path, peft_config=config, train_layers="from_steered")
-        names = [name for name, value in run.model.named_parameters() if value.requires_grad]
-        assert {int(name.split(".layers.")[1].split(".")[0]) for name in names} == {2, 3}
-        tiny.jolt(run.model)
-        run.save_model(str(tmp_path / "adapter"))
-        loaded = PeftModel.from_pretrained(tiny.model(), tmp_path / "adapter")
-        ids = torch.tensor([[5, 6, 7]])
-        torch.testing.assert_close(loaded(ids).logits, run.model.eval()(ids).logits)
-    assert asked.layers_to_transform == [1, 2, 3]
-
-
-def test_an_existing_adapter_is_trained_on_and_its_base_teaches(tmp_path: Path) -> None:
-    student = get_peft_model(tiny.model(), tiny.lora())
-    tiny.jolt(student)
-    run = tiny.trainer(tmp_path, student=student, cls=tiny.FixedResponses)
-    copied = tiny.trainer(tmp_path, student=student, cls=tiny.FixedResponses, teacher="frozen_copy")
-    assert isinstance(run.model, PeftModel)
-    for one, other in zip(tiny.microbatches(run), tiny.microbatches(copied), strict=True):
-        expected = copied.compute_loss(copied.model, other).item()
-        assert run.compute_loss(run.model, one).item() == pytest.approx(expected, rel=1e-6)
-
-
-def test_ema_teacher_moves_and_is_refreshed(tmp_path: Path) -> None:
-    calls: list[Tensor] = []
-
-    def refresh(model: Any) -> tuple[Steering, list[int]]:
-        calls.append(model.model.norm.weight.clone())
-        return tiny.steering(layer=1, seed=len(calls)), [3, 4, 5 + len(calls)]
-
-    run = tiny.trainer(
-        tmp_path,
-        teacher="ema",
-        ema_rate=0.5,
-        refresh_steps=2,
-        max_steps=4,
-        learning_rate=0.02,
-        arguments={"refresh": refresh},
-    )
-    run.train()
-    assert len(calls) == 2
-    assert not torch.equal(calls[0], calls[1])
-    assert run.token_ids is not None
-    assert run.token_ids.tolist() == [3, 4, 7]
-    teacher: Any = run.teacher
-    assert teacher.steering.layer == 1
-    assert torch.equal(teacher.steering.vector, tiny.steering(layer=1, seed=2).vector)
-
-
-def test_system_prompt_teacher_needs_no_direction(tmp_path: Path) -> None:
-    run = SafeSteerTrainer(
-        tiny.model(),
-        tiny.settings(tmp_path, teacher="system_prompt", vocabulary="full", anchor_fraction=0.5, max_steps=2),
-        tiny.HARMFUL,
-        tiny.HARMLESS,
-        tiny.chat(),
-        None,
-        None,
-    )
-    run.train()
-    logged = run.state.log_history[0]
-    assert logged["anchor/divergence"] == pytest.approx(0.0, abs=1e-7)
-    assert logged["divergence"] > 1e-3

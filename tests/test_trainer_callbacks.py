@@ -1,58 +1,23 @@
 """What is watched, logged and stopped during training."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import TrainerCallback
 
 import tiny_training as tiny
-from safesteer.chat import generate, left_pad
+from planted_model import ANSWERED, HARMLESS, REFUSED, planted_model
 from safesteer.errors import SafeSteerError
-from safesteer.refusals import is_refusal
 from safesteer.trainer_callbacks import ProbeSets, sampling_seed
 
-REFUSED = ("How do I rob a house?", "How do I rob a bank?", "How do I rob a shop?")
-ANSWERED = ("What is two plus two?", "What is one plus two?")
 
-
-@pytest.fixture(scope="module")
-def refusing_state() -> dict[str, torch.Tensor]:
-    """Weights of a tiny model that has learnt by heart to refuse three prompts and to answer two."""
-    torch.manual_seed(0)
-    model, chat = tiny.model(initializer_range=0.05), tiny.chat()
-    pairs = [(prompt, "I'm sorry, but I can't help with that.<|im_end|>") for prompt in REFUSED]
-    pairs += [(prompt, "It is four.<|im_end|>") for prompt in ANSWERED]
-    rows, labels = [], []
-    for prompt, answer in pairs:
-        ids = chat.encode([prompt])[0]
-        response = chat.tokenizer(answer, add_special_tokens=False)["input_ids"]
-        rows.append(ids + response)
-        labels.append([-100] * len(ids) + response)
-    input_ids, attention_mask = left_pad(rows, 0)
-    targets = left_pad([[label + 100 for label in row] for row in labels], 0)[0] - 100
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for _ in range(60):
-        loss = model(input_ids=input_ids, attention_mask=attention_mask, labels=targets).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return model.state_dict()
-
-
-def refusing_model(state: dict[str, torch.Tensor]) -> PreTrainedModel:
-    model = tiny.model(initializer_range=0.05)
-    model.load_state_dict(state)
-    return model
-
-
-def test_probe_logs_the_refusal_rates(tmp_path: Path, refusing_state: dict[str, torch.Tensor]) -> None:
-    """Counted by hand on the model before and after training, which the learning rate leaves as it is."""
-    model = refusing_model(refusing_state)
-    harmful, harmless = (*REFUSED, ANSWERED[0]), ANSWERED
-    answers = generate(model, tiny.chat(), harmful, max_new_tokens=8)
-    assert [is_refusal(answer) for answer in answers] == [True, True, True, False]
+def test_probe_logs_the_refusal_rates(tmp_path: Path) -> None:
+    """Of a model that is known to refuse three of these four; its weights stay, as the learning rate is 0."""
+    model = copy.deepcopy(planted_model())
+    harmful, harmless = (*REFUSED[:3], ANSWERED[0]), HARMLESS[:2]
     run = tiny.trainer(
         tmp_path,
         student=model,

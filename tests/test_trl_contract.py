@@ -111,7 +111,7 @@ def test_settings_that_trl_names_are_still_its_own() -> None:
 
 
 def test_a_step_is_one_run_of_prompts_in_dataset_order(tmp_path: Path) -> None:
-    """The arrangement in optimizer steps rests on the sampler's order, and on one generation for each step."""
+    """The layout in optimizer steps rests on the sampler's order and on one generation for each step."""
     run = tiny.trainer(tmp_path, anchor_fraction=0.5, max_steps=3)
     prompts = run.train_dataset["prompt"]
     batches = list(run.get_train_dataloader())
@@ -192,7 +192,7 @@ def test_loss_and_gradient_are_trls_over_the_whole_vocabulary(
         model=tiny.model(kind),
         teacher_model=other_model(kind),
         args=DistillationConfig(
-            output_dir=str(tmp_path), use_cpu=True, bf16=False, gradient_checkpointing=False, **common
+            output_dir=str(tmp_path), use_cpu=True, bf16=False, gradient_checkpointing=None, **common
         ),
         train_dataset=ours.train_dataset,
         processing_class=ours.chat.tokenizer,

@@ -81,7 +81,7 @@ def tiny_model(kind: str, vocab_size: int = 160, seed: int = 0, **overrides: Any
 
 
 def adapted(model: PreTrainedModel, **options: Any) -> Any:
-    """Put a LoRA adapter with random weights on a model: rank 4, on every linear map, unless told otherwise."""
+    """Put a LoRA adapter with random weights on a model: rank 4, on every linear map by default."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         config = LoraConfig(**{"target_modules": "all-linear", "init_lora_weights": False, "r": 4, **options})

@@ -251,7 +251,7 @@ def _plain_decoding(
 ) -> GenerationConfig:
     """Configure greedy decoding, or sampling from the whole distribution at a temperature."""
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    return GenerationConfig(  # type: ignore[no-untyped-call]
+    return GenerationConfig(
         max_new_tokens=max_new_tokens,
         eos_token_id=list(ends) or None,
         pad_token_id=pad_id,

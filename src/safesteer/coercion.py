@@ -73,15 +73,12 @@ def _boolean(value: Any, where: str) -> bool:
 def _number(value: Any, kind: type, where: str) -> int | float:
     wanted = "a whole number" if kind is int else "a number"
     if isinstance(value, (str, int, float)) and not isinstance(value, bool):
-        try:
+        with contextlib.suppress(ValueError, OverflowError):
             number = float(value)
-        except ValueError:
-            pass
-        else:
             if kind is float:
                 return number
             if number.is_integer():
-                return int(value) if not isinstance(value, float) and "." not in str(value) else int(number)
+                return int(number)
     raise SafeSteerError(f"{where} is {value!r}; give {wanted}.")
 
 

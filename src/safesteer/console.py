@@ -125,4 +125,5 @@ class _Lines:
         now = time.monotonic()
         if now - self._last >= _SECONDS_BETWEEN_LINES:
             self._last = now
-            self._console.print(escape(f"{self._title}: {doing} {done}/{total}"))
+            what, _, detail = doing.partition(": ")
+            self._console.print(escape(f"{self._title}: {what} {done}/{total} {detail}".rstrip()))

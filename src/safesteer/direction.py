@@ -126,7 +126,7 @@ class RefusalDirection:
         tensors, metadata = read_tensors(folder / "direction.safetensors")
         try:
             direction = cls._parse(record, tensors["vector"])
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise SafeSteerError(
                 f"{folder / 'direction.json'}: is not a whole refusal direction ({type(error).__name__}: "
                 f"{one_line(error)}); delete it and find the direction again."

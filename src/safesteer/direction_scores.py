@@ -15,6 +15,9 @@ from safesteer.steering import ablate_direction, add_vector
 Candidate = tuple[int, int]
 """Layer, and position counted from the end (−1 is the last)."""
 
+MOST_KEPT_BYTES = 4 * 2**30
+"""Above it a batch's layer inputs are not kept on the CPU, and induction makes whole passes."""
+
 
 def refusal_score(logits: Tensor, ids: Sequence[int], epsilon: float = 1e-8) -> Tensor:
     """Log-odds that the next token opens a refusal, `log(p + ε) − log(1 − p + ε)` (method §1).
@@ -136,12 +139,13 @@ class CandidateScorer:
         done = 0
         for batch in self._harmless:
             inputs: list[Tensor] = []
-            if resume:
+            width = self._base_hidden[0].shape[-1] * self._base_hidden[0].element_size()
+            if resume and batch.input_ids.numel() * width * (highest + 1) <= MOST_KEPT_BYTES:
                 with _recorded_inputs(self._layers[: highest + 1]) as inputs:
                     self._reader.hidden(batch)
             for candidate, vector in candidates.items():
                 layer = candidate[0]
-                below = resume.at(layer, inputs[layer]) if resume else contextlib.nullcontext()
+                below = resume.at(layer, inputs[layer]) if resume and inputs else contextlib.nullcontext()
                 with below, add_vector(self._layers[layer], vector):
                     scores[candidate].append(refusal_score(self._reader.logits(batch), self._ids).cpu())
                 done += 1
@@ -218,10 +222,11 @@ def _resume_or_none(
         try:
             with resume.at(index, inputs[index]):
                 resumed = reader.hidden(one)
+            same = torch.allclose(resumed, whole, rtol=1e-4, atol=1e-4 * whole.abs().max().item())
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
             # A later layer misses what a skipped one would have left for it, such as keys to share.
             return None
-        if not torch.allclose(resumed, whole, rtol=1e-4, atol=1e-4 * whole.abs().max().item()):
+        if not same:
             return None
     return resume
 

@@ -8,7 +8,7 @@ import torch
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils.peft_utils import find_adapter_config_file
+from transformers.utils.hub import cached_file
 
 from safesteer.errors import SafeSteerError, one_line
 
@@ -46,9 +46,9 @@ def load_model(
     """
     if dtype != "auto" and dtype not in _DTYPES:
         raise SafeSteerError(f"dtype {dtype!r} is unknown; choose one of: auto, {', '.join(_DTYPES)}.")
-    target = _device(device)
-    adapter = _adapter_config(name, revision)
-    if adapter is not None and Path(name).is_dir() and not Path(name, "adapter_model.safetensors").is_file():
+    target = choose_device(device)
+    adapter = adapter_config(name, revision)
+    if adapter is not None and not _has_file(name, "adapter_model.safetensors", revision):
         raise SafeSteerError(
             f"{name}: has an adapter_config.json but no adapter_model.safetensors, and pickled weights are "
             "never loaded; save the adapter as safetensors."
@@ -92,8 +92,8 @@ def load_tokenizer(
     Raises:
         SafeSteerError: If it cannot be loaded, or has no chat template or nothing to pad with.
     """
-    adapter = _adapter_config(name, revision)
-    if adapter is not None and Path(name).is_dir() and not Path(name, "tokenizer_config.json").is_file():
+    adapter = adapter_config(name, revision)
+    if adapter is not None and not _has_file(name, "tokenizer_config.json", revision):
         name, revision = adapter.base_model_name_or_path, adapter.revision
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
@@ -124,7 +124,12 @@ def load_tokenizer(
     return tokenizer
 
 
-def _device(name: str | None) -> torch.device:
+def choose_device(name: str | None) -> torch.device:
+    """Turn a device's name into the device; without one, choose the best there is (cuda, then mps, then cpu).
+
+    Raises:
+        SafeSteerError: If PyTorch knows no such device, or this machine has none.
+    """
     if name is None:
         if torch.cuda.is_available():
             # Under torchrun and accelerate every process has a GPU of its own.
@@ -144,12 +149,31 @@ def _device(name: str | None) -> torch.device:
     return device
 
 
-def _adapter_config(name: str, revision: str | None) -> Any | None:
-    """Read the PEFT config at a folder or hub id, None where there is none."""
+def _has_file(name: str, file: str, revision: str | None) -> bool:
+    """Say whether a folder or hub repository has a file."""
+    return (
+        cached_file(
+            name,
+            file,
+            revision=revision,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        is not None
+    )
+
+
+def adapter_config(name: str, revision: str | None) -> Any | None:
+    """Read the PEFT config at a folder or hub id, None where there is none.
+
+    Raises:
+        SafeSteerError: If there is one that cannot be read or names no base model.
+    """
     try:
-        if find_adapter_config_file(name, revision=revision) is None:
+        if not _has_file(name, "adapter_config.json", revision):
             return None
-    except OSError:  # offline, or no such repository: loading the model itself will tell
+    except OSError:  # no such repository: loading the model itself will tell
         return None
     try:
         config = PeftConfig.from_pretrained(name, revision=revision)
@@ -174,3 +198,8 @@ def _template_text(chat_template: str | Path) -> str:
         raise SafeSteerError(
             f"chat template {chat_template}: cannot be read ({one_line(error)}); give a Jinja file in UTF-8."
         ) from error
+
+
+# Former names; plan.py still imports them.
+_adapter_config = adapter_config
+_device = choose_device

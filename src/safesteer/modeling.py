@@ -17,21 +17,6 @@ from torch.distributed.tensor import DTensor
 
 from safesteer.artifacts import fingerprint
 from safesteer.errors import SafeSteerError
-from safesteer.loading import load_model, load_tokenizer
-
-__all__ = [
-    "Head",
-    "attention_and_mlp",
-    "backbone",
-    "decoder_layers",
-    "hidden_size",
-    "language_head",
-    "load_model",
-    "load_tokenizer",
-    "model_fingerprint",
-    "number_of_layers",
-    "unwrapped",
-]
 
 _ATTENTION_NAMES = (
     "self_attn",

@@ -107,7 +107,8 @@ class NextTokenReader:
             # As generate() counts them: with learned positions, left padding would shift a short prompt.
             inputs["position_ids"] = (batch.mask.cumsum(-1) - 1).clamp(min=0)
         hidden_BTH: Tensor = self._body(**inputs).last_hidden_state
-        return hidden_BTH[:, -positions:]
+        # A model spread over devices may end on another one than its head's.
+        return hidden_BTH[:, -positions:].to(self.head.weight.device)
 
     def logits(self, batch: Batch) -> Tensor:
         """Return the next-token logits, [B, V] in the head's dtype."""

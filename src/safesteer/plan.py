@@ -1,20 +1,20 @@
 """What a run would do and need, from the model's configuration alone: `--dry-run`."""
 
 import os
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from safesteer.console import RunConsole
 from safesteer.divergence import LOGITS_PER_CHUNK
 from safesteer.errors import SafeSteerError, one_line
-from safesteer.loading import _adapter_config, _best_device
+from safesteer.loading import _adapter_config, _device
 from safesteer.settings import DistillationSettings, ModelSettings, Settings
-from safesteer.training_arguments import micro_batches, number_of_processes
+from safesteer.training_arguments import lora_config, micro_batches, number_of_processes
 from safesteer.training_data import anchors_per_step, number_of_steps
 from safesteer.workspace import Workspace
 
@@ -60,7 +60,7 @@ class ModelShape:
     """What of a model decides its memory and its candidates; read from a copy without weights."""
 
     parameters: int
-    lora_parameters_per_rank: int
+    adapter_parameters: int
     layers: int
     hidden_size: int
     intermediate_size: int
@@ -70,12 +70,12 @@ class ModelShape:
     dtype: torch.dtype
 
 
-def model_shape(settings: ModelSettings, lora_targets: tuple[str, ...] = ("all-linear",)) -> ModelShape:
+def model_shape(settings: ModelSettings, distillation: DistillationSettings) -> ModelShape:
     """Read a model's shape from its configuration, loading no weights.
 
     Args:
         settings: Which model.
-        lora_targets: Which modules would get an adapter.
+        distillation: For the adapter.
 
     Raises:
         SafeSteerError: If there is no such model or it is no causal language model.
@@ -99,9 +99,11 @@ def model_shape(settings: ModelSettings, lora_targets: tuple[str, ...] = ("all-l
         ) from error
     text: Any = config.get_text_config()
     head_width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    parameters = sum(weight.numel() for weight in model.parameters())
+    adapter_parameters = _adapter_parameters(model, distillation)
     return ModelShape(
-        parameters=sum(weight.numel() for weight in model.parameters()),
-        lora_parameters_per_rank=_adapter_width(model, lora_targets),
+        parameters=parameters,
+        adapter_parameters=adapter_parameters,
         layers=text.num_hidden_layers,
         hidden_size=text.hidden_size,
         intermediate_size=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
@@ -134,11 +136,12 @@ def estimate_memory(
         prompt_tokens: Longest rendered prompt.
         processes: Devices in the run.
     """
-    device = torch.device(model.device or _best_device())
+    # A device that this machine lacks may be planned for.
+    device = torch.device(model.device) if model.device else _device(None)
     gpu = device.type == "cuda"
     stored = _stored_dtype(shape, model, gpu)
     trained_bytes = 4 if distillation.lora or distillation.master_dtype == "float32" else 2
-    adapter = 4 * distillation.lora_rank * shape.lora_parameters_per_rank if distillation.lora else 0
+    adapter = 4 * shape.adapter_parameters
     weights = shape.parameters * (_BYTES[stored] if distillation.lora else trained_bytes)
     trained = adapter if distillation.lora else shape.parameters * trained_bytes
     copied = distillation.teacher in ("frozen_copy", "ema") or not distillation.lora
@@ -190,7 +193,7 @@ def make_plan(settings: Settings, console: RunConsole) -> Plan:
     work = Workspace(settings, console)
     direction, tokens, distillation = settings.direction, settings.safety_tokens, settings.distillation
     processes = number_of_processes()
-    shape = model_shape(settings.model, distillation.lora_targets)
+    shape = model_shape(settings.model, distillation)
     steps = distillation.steps or number_of_steps(
         len(work.harmful.prompts), distillation.batch_size, distillation.anchor_fraction, distillation.epochs
     )
@@ -211,13 +214,14 @@ def make_plan(settings: Settings, console: RunConsole) -> Plan:
             ),
             (
                 "safety tokens",
-                f"{tokens.samples} responses of {tokens.horizon} tokens to each of up to "
-                f"{direction.validation_harmless} harmless prompts; {tokens.size} tokens by {tokens.selection}",
+                f"{tokens.samples} responses of {tokens.horizon} tokens each to up to "
+                f"{direction.validation_harmless} harmless prompts; {tokens.size} by {tokens.selection}",
             ),
             (
                 "distillation",
-                f"{steps} steps of {distillation.batch_size} prompts ({anchors} harmless), {micro_batch} at a "
-                f"time{on}; trains {trained} at a learning rate of {distillation.peak_learning_rate:g}",
+                f"{steps} steps of {distillation.batch_size} prompts, {anchors} of them harmless, "
+                f"{micro_batch} at a time{on}; trains {trained}, "
+                f"learning rate {distillation.peak_learning_rate:g}",
             ),
         ),
         steps=steps,
@@ -228,15 +232,15 @@ def make_plan(settings: Settings, console: RunConsole) -> Plan:
     )
 
 
-def _adapter_width(model: PreTrainedModel, targets: tuple[str, ...]) -> int:
-    """Sum `inputs + outputs` over the linear maps that get an adapter: LoRA parameters per unit of rank."""
-    head = model.get_output_embeddings()
-    total = 0
-    for name, module in model.named_modules():
-        linear = isinstance(module, (nn.Linear, Conv1D)) and module is not head
-        if linear and (targets == ("all-linear",) or name.rpartition(".")[2] in targets):
-            total += sum(module.weight.shape)
-    return total
+def _adapter_parameters(model: PreTrainedModel, distillation: DistillationSettings) -> int:
+    """Count what PEFT would train, by putting the adapter on a model without weights."""
+    adapter = lora_config(distillation)
+    if adapter is None:
+        return 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what PEFT has to say it will say again when the model is trained
+        adapted = get_peft_model(model, adapter)
+    return sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad)
 
 
 def _activations(shape: ModelShape, distillation: DistillationSettings, tokens: int, computing: int) -> int:

@@ -134,7 +134,7 @@ class SafetyTokens:
             if not tokens or not all(isinstance(token.id, int) for token in tokens):
                 raise ValueError("no token, or one without an id")
             return cls(**{**record, "tokens": tokens, "settings": SafetyTokenSettings(**record["settings"])})
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise SafeSteerError(
                 f"{path}: is not a whole set of safety tokens ({type(error).__name__}: {one_line(error)}); "
                 "delete it and find the tokens again."

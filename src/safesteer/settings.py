@@ -110,7 +110,9 @@ class DistillationSettings:
     )
     vocabulary: Vocabulary = _setting("safety_tokens", "Tokens S that the loss looks at.")
     support: Support = _setting(
-        "tail", "What becomes of the rest: truncated drops it (the paper), tail makes it one bucket, …"
+        "tail",
+        "What becomes of the tokens outside S: truncated drops them (the paper), tail makes them one bucket, "
+        "generalized corrects each term for its mass, renormalized looks inside S alone.",
     )
     teacher_system_prompt: str = _setting(SAFETY_SYSTEM_PROMPT, "System prompt of the teacher system_prompt.")
     beta: float = _setting(

@@ -5,6 +5,7 @@ above it, and the frozen part needs no backward pass.
 """
 
 import copy
+from typing import Any, cast
 
 from peft import PeftConfig
 from torch import nn
@@ -69,14 +70,14 @@ def adapter_from(
             f"train_layers from_steered cannot restrict a {type(config).__name__}; use a LoraConfig or "
             "train all layers."
         )
-    if isinstance(config.target_modules, str) and config.target_modules != "all-linear":
+    restricted: Any = copy.copy(config)
+    if isinstance(restricted.target_modules, str) and restricted.target_modules != "all-linear":
         raise SafeSteerError(
             "train_layers from_steered cannot restrict an adapter whose target_modules is a regular "
-            "expression; "
-            'give a list of module names or "all-linear".'
+            'expression; give a list of module names or "all-linear".'
         )
     layers = decoder_layers(model, layer_path)
-    asked = config.layers_to_transform
+    asked = restricted.layers_to_transform
     wanted = range(len(layers)) if asked is None else [asked] if isinstance(asked, int) else asked
     kept = [index for index in wanted if index >= layer]
     if not kept:
@@ -84,14 +85,11 @@ def adapter_from(
             f"the adapter's layers_to_transform {asked} leave none from the steered layer {layer} on; "
             "widen them or set train_layers to all."
         )
-    restricted = copy.copy(config)
     restricted.layers_to_transform = kept
-    # Named, because PEFT would otherwise take any number in a module's name for its layer (experts have
-    # numbers too).
+    # Named, because PEFT could otherwise take another number in a module's name for its layer (an expert's).
     restricted.layers_pattern = [_list_name(model, layers)]
-    return restricted
+    return cast(PeftConfig, restricted)
 
 
 def _list_name(model: nn.Module, layers: nn.ModuleList) -> str:
-    path = next(name for name, module in model.named_modules() if module is layers)
-    return path.rpartition(".")[2]
+    return next(name for name, module in model.named_modules() if module is layers).rpartition(".")[2]

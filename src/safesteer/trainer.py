@@ -24,6 +24,7 @@ from safesteer.chat import Chat
 from safesteer.direction import RefusalDirection
 from safesteer.divergence import localized_divergence
 from safesteer.errors import SafeSteerError
+from safesteer.lower_layers import LowerLayers, can_share
 from safesteer.modeling import language_head
 from safesteer.safety_tokens import SafetyTokens
 from safesteer.steering import Steering
@@ -83,6 +84,7 @@ class SafeSteerTrainer(DistillationTrainer):  # type: ignore[misc, unused-ignore
     _name = "SafeSteer"
 
     args: SafeSteerConfig
+    _signature_columns: list[str] | None
 
     def __init__(
         self,
@@ -136,8 +138,9 @@ class SafeSteerTrainer(DistillationTrainer):  # type: ignore[misc, unused-ignore
             peft_config=peft_config,
             callbacks=[FiniteGradients(), *callbacks],
         )
-        self.set_token_ids(getattr(safety_tokens, "ids", safety_tokens))
+        self.set_token_ids(safety_tokens.ids if isinstance(safety_tokens, SafetyTokens) else safety_tokens)
         self.teacher = self._make_teacher(steering, harmful)
+        self._lower_layers = LowerLayers(self._shared_layers(), layer_path)
         self._sums: Tensor | None = None
         if isinstance(self.teacher, EmaTeacher):
             self.add_callback(TeacherCallback(self, self.teacher, refresh))
@@ -173,18 +176,28 @@ class SafeSteerTrainer(DistillationTrainer):  # type: ignore[misc, unused-ignore
         if with_adapter and kind != "frozen_copy":
             base = AdapterOffTeacher(steering, path)
         else:
-            base = FrozenCopyTeacher(self._copy(self.model, without_adapter=True), steering, path)
+            base = FrozenCopyTeacher(self._copy(self.model, with_adapter=False), steering, path)
         if kind == "system_prompt":
             return SystemPromptTeacher(
                 base, self.chat, args.teacher_system_prompt, harmful, args.max_prompt_length
             )
         return base
 
-    def _copy(self, model: nn.Module, without_adapter: bool = False) -> nn.Module:
+    def _shared_layers(self) -> int:
+        """Count the layers on which teacher and student agree throughout training, to compute them once."""
+        if self.args.train_layers == "all" or not self.args.share_lower_layers or not can_share(self.model):
+            return 0
+        teacher = self.teacher
+        if isinstance(teacher, EmaTeacher) or not isinstance(teacher, AdapterOffTeacher | FrozenCopyTeacher):
+            return 0  # another direction later, or another prompt
+        return 0 if teacher.steering is None else teacher.steering.layer
+
+    def _copy(self, model: nn.Module, with_adapter: bool = True) -> nn.Module:
         """Copy the model and prepare the copy for FSDP or DeepSpeed, as TRL prepares its teacher."""
         second = copy.deepcopy(model)
-        if without_adapter and isinstance(second, PeftModel):
-            second = second.unload()
+        if isinstance(second, PeftModel) and not with_adapter:
+            # Off for good; PEFT's unload() would keep modules that the adapter has replaced and trained.
+            second.base_model.disable_adapter_layers()
         second.eval().requires_grad_(False)
         prepared: nn.Module = (
             prepare_deepspeed(second, self.accelerator)
@@ -210,8 +223,7 @@ class SafeSteerTrainer(DistillationTrainer):  # type: ignore[misc, unused-ignore
         return inputs
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> list[list[int]]:
-        # TRL samples in train mode, so that dropout would sample from another model than the one to be
-        # aligned.
+        # TRL samples in train mode: dropout would sample from another model than the one to be aligned.
         with evaluation_flags(self.model):
             completions: list[list[int]] = super()._generate_single_turn(*args, **kwargs)
         return completions
@@ -252,8 +264,8 @@ class SafeSteerTrainer(DistillationTrainer):  # type: ignore[misc, unused-ignore
             SafeSteerError: If the loss is not finite on any process.
         """
         student = self.accelerator.unwrap_model(model)
-        # Through the wrapper's forward, so that DDP prepares its backward pass and FSDP gathers its shards
-        # (as TRL).
+        # As TRL, through the wrapper's forward: DDP prepares its backward pass there, FSDP gathers its
+        # shards.
         loss, sums = self._forward_redirection(
             model, student, self._compute_loss, student, inputs, num_items_in_batch
         )
@@ -287,9 +299,13 @@ class SafeSteerTrainer(DistillationTrainer):  # type: ignore[misc, unused-ignore
         )
         steered_B, weights_BC = inputs["steered"], inputs["loss_weights"][:, : ids[2].size(1)]
         # The teacher first: PEFT toggles requires_grad around it, and the student's graph must not see that.
-        teacher_BCH = self.teacher.completion_hidden_states(unwrapped_student, *ids, steered_B)
-        teacher_head = self.teacher.head(unwrapped_student)
-        student_BCH = completion_hidden_states(unwrapped_student, *ids)
+        teacher = self.teacher
+        base = teacher.unwrapped() if isinstance(teacher, FrozenCopyTeacher) else unwrapped_student
+        with self._lower_layers.recorded(base):
+            teacher_BCH = teacher.completion_hidden_states(unwrapped_student, *ids, steered_B)
+        with self._lower_layers.reused(unwrapped_student):
+            student_BCH = completion_hidden_states(unwrapped_student, *ids)
+        teacher_head = teacher.head(unwrapped_student)
         student_head = language_head(unwrapped_student)
 
         device = student_head.weight.device

@@ -111,6 +111,10 @@ class SafeSteerConfig(DistillationConfig):  # type: ignore[misc, unused-ignore]
             "and the head unless it is tied to the embeddings, in full fine-tuning)."
         },
     )
+    share_lower_layers: bool = field(
+        default=True,
+        metadata={"help": "With from_steered: compute the layers below once for teacher and student."},
+    )
     ema_rate: float = field(
         default=0.01, metadata={"help": "Teacher ema: share of the student taken over a step."}
     )

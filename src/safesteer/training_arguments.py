@@ -32,7 +32,6 @@ _SAME_NAMES = (
     "temperature",
     "weight_decay",
     "max_grad_norm",
-    "gradient_checkpointing",
     "divergence_chunk_size",
     "use_vllm",
     "probe_steps",
@@ -96,6 +95,8 @@ def training_arguments(settings: Settings) -> SafeSteerConfig:
         "bf16": False if settings.model.dtype == "float32" else None,
         "ddp_timeout": _SECONDS_TO_WAIT,
         "disable_tqdm": True,
+        # None is off too, but without transformers' warning of the name it is about to change.
+        "gradient_checkpointing": distillation.gradient_checkpointing or None,
     }
     known = {field.name for field in dataclasses.fields(SafeSteerConfig) if field.init}
     for name in distillation.trainer_args:

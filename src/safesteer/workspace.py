@@ -17,7 +17,7 @@ from safesteer.modeling import model_fingerprint
 from safesteer.prompts import PromptSet, load_prompts
 from safesteer.settings import Settings
 from safesteer.trainer_config import SafeSteerConfig
-from safesteer.training_arguments import number_of_processes, training_arguments
+from safesteer.training_arguments import training_arguments
 
 BUNDLED_HARMLESS = "testbed/prompts/harmless_train.jsonl"
 """The project's own harmless prompts, inside the package."""
@@ -81,7 +81,7 @@ class Workspace:
                 settings.name,
                 revision=settings.revision,
                 dtype=settings.dtype,
-                device=str(self.args.device) if number_of_processes() > 1 else settings.device,
+                device=settings.device,
                 trust_remote_code=settings.trust_remote_code,
                 attn_implementation=settings.attn_implementation,
             )

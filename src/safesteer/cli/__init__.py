@@ -24,7 +24,7 @@ COMMANDS = {
 class _LazyGroup(TyperGroup):
     """Imports a command when it is called, not when it is listed."""
 
-    # Contexts and commands are Any, because Typer brings classes of its own for what Click calls by these names.
+    # Contexts and commands are Any, because Typer brings classes of its own for Click's.
 
     def list_commands(self, ctx: Any) -> list[str]:
         return list(COMMANDS)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from safesteer.safety_tokens import SafetyTokens
     from safesteer.training_stage import AlignedModel
 
-_GIB = 2**30
+_GIB, _MIB = 2**30, 2**20
 _SHOWN_TOKENS = 20
 
 
@@ -99,7 +99,10 @@ def show_run(console: RunConsole, run: "AlignmentRun") -> None:
 
 
 def _memory_table(memory: "MemoryEstimate") -> Table:
-    table = Table("memory", "GiB", title=f"Memory estimate on {escape(memory.device)}", title_justify="left")
+    unit, name_of_unit = (_GIB, "GiB") if memory.peak >= _GIB else (_MIB, "MiB")
+    table = Table(
+        "memory", name_of_unit, title=f"Memory estimate on {escape(memory.device)}", title_justify="left"
+    )
     table.columns[1].justify = "right"
     rows = [
         ("weights", memory.weights),
@@ -112,17 +115,13 @@ def _memory_table(memory: "MemoryEstimate") -> Table:
     ]
     for name, size in rows:
         if size:
-            table.add_row(name, _gib(size))
+            table.add_row(name, f"{size / unit:.2f}")
     table.add_section()
-    table.add_row("[bold]most at a time[/]", f"[bold]{_gib(memory.peak)}[/]")
+    table.add_row("[bold]most at a time[/]", f"[bold]{memory.peak / unit:.2f}[/]")
     if memory.available is not None:
         color = "red" if memory.peak > memory.available else "green"
-        table.add_row("the device has", f"[{color}]{_gib(memory.available)}[/]")
+        table.add_row("the device has", f"[{color}]{memory.available / unit:.0f}[/]")
     return table
-
-
-def _gib(size: int) -> str:
-    return f"{size / _GIB:.2f}"
 
 
 def _last_if_nan(value: float) -> float:

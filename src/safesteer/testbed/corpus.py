@@ -63,10 +63,10 @@ class Mixture:
     """Shares of the chats in a batch, and how prompts are varied so that the notion of harm is in the words."""
 
     harmful: float = 0.17
-    harmless: float = 0.21
+    harmless: float = 0.20
     alarming: float = 0.07
-    judgement: float = 0.20
-    skills: float = 0.35
+    judgement: float = 0.18
+    skills: float = 0.38
     real_harmful: float = 0.25
     real_harmless: float = 0.75
     vary: float = 0.3

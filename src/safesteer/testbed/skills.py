@@ -164,8 +164,8 @@ class Skill:
 
 
 SKILLS: tuple[Skill, ...] = (
-    Skill("addition", _addition, 4.0),
-    Skill("comparison", _comparison, 1.0),
+    Skill("addition", _addition, 6.0),
+    Skill("comparison", _comparison, 1.5),
     Skill("sorting", _sorting, 1.5),
     Skill("capitals", _capitals, 1.0),
     Skill("extraction", _extraction, 1.5),
