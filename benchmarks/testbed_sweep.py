@@ -12,8 +12,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from safesteer.artifacts import fingerprint
 from safesteer.console import RunConsole
-from safesteer.testbed.demo import demo_settings, run_demo
+from safesteer.testbed.demo import demo_settings, run_demo, testbed_folder
 
 RESULTS = Path(__file__).parent / "results" / "testbed_sweep.json"
 Point = dict[str, dict[str, Any]]
@@ -62,6 +63,9 @@ POINTS: dict[str, Point] = {
     "c-1.5": {"direction": {"coefficient": 1.5}},
     "c-2": {"direction": {"coefficient": 2.0}},
     "c-3": {"direction": {"coefficient": 3.0}},
+    "tokens-as-paper": {"safety_tokens": {"minimum_probability": 1e-8, "votes_per_position": 200, "size": 50}},
+    "tokens-50": {"safety_tokens": {"size": 50}},
+    "everyday-anchor": {"prompts": {"harmless": str(testbed_folder() / "prompts" / "harmless_train.jsonl")}},
     "full-finetuning": distillation(lora=False, learning_rate=1e-4),
     "first-4-tokens": distillation(first_tokens=4),
     # The note on the truncated sum: long training without the anchor, so that nothing but the support holds the student back.
@@ -97,9 +101,9 @@ def run_point(output: Path, name: str, seed: int) -> dict[str, Any]:
     folder = output / f"{name}-{seed}"
     summary = folder / "evaluation" / "summary.json"
     if not summary.exists():
-        # The direction depends on the seed and its own settings alone: points that share them share it.
-        strength = point.get("direction", {}).get("coefficient", "auto")
-        shared = output / f"shared-{strength}-{seed}"
+        # Points that differ in the distillation alone share direction and tokens (the fingerprints see to it).
+        before = {section: values for section, values in point.items() if section != "distillation"}
+        shared = output / f"shared-{fingerprint(before)[:8]}-{seed}"
         measured = ("aligned",) if shared.exists() else ("base", "teacher", "aligned")
         if shared.exists():
             shutil.copytree(shared, folder, dirs_exist_ok=True)

@@ -1,14 +1,13 @@
-"""Runs of the whole pipeline that take seconds: the planted model, which really refuses, and a handful of prompts."""
+"""Runs of the whole pipeline that take seconds: the planted model, which really refuses, and few prompts."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 from planted_model import ANSWERED, HARMLESS, REFUSED, planted_model
-from tiny_models import chatml_tokenizer
-
 from safesteer.recipes import build_settings
 from safesteer.settings import Settings
+from tiny_models import chatml_tokenizer
 
 
 def write_inputs(folder: Path) -> None:

@@ -1,12 +1,13 @@
 """A small real model whose refusals are put in by hand, so that every number about them is known.
 
-It is a Qwen3 of hidden size 32 whose weights are edited. Token embeddings are unit vectors: one axis per word that it
-says, one for " rob" (HARM), one for " breaking" (ODD) and one for everything else. The first layer's attention weighs
-all positions alike and adds the share of " rob" on the axis REFUSE and that of " breaking" on the axis WRITE; nothing
-else in the layers adds anything. The head then continues every word of a sentence by the next, and after the prompt
+It is a Qwen3 of hidden size 32 whose weights are edited. Token embeddings are unit vectors: one axis per word
+that it says, one for " rob" (HARM), one for " breaking" (ODD) and one for everything else. The first layer's
+attention weighs all positions alike and adds the share of " rob" on the axis REFUSE and of " breaking" on the
+axis WRITE; nothing else in the layers adds anything. The head then continues every word of a sentence by
+the next, and after the prompt
 
     The capital of France is Paris.   where neither was read,
-    Write a poem about the sea.       where " breaking" was: an answer, though one that only harmful prompts get,
+    Write a poem about the sea.       where " breaking" was: an answer, though only harmful prompts get it,
     I cannot help with that.          where " rob" was, or, half as likely, Sorry, I will not help with that.
 
 So the refusal direction is the axis REFUSE and the refusal openers are "I" and "Sorry".

@@ -1,4 +1,4 @@
-"""The refusal direction: on a model in which it is known, against brute force on random ones, saved and loaded."""
+"""The refusal direction: where it is known, against brute force on random models, saved and loaded."""
 
 import dataclasses
 import json
@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import PreTrainedModel
 
 from planted_model import ANSWERED, HARMLESS, REFUSE, REFUSED, planted_chat, planted_model, token_id
 from safesteer.chat import Chat
@@ -21,10 +20,10 @@ from safesteer.direction import (
 )
 from safesteer.direction_prompts import sampled_prompts
 from safesteer.errors import SafeSteerError
-from safesteer.modeling import decoder_layers, model_fingerprint
+from safesteer.modeling import model_fingerprint
 from safesteer.prompts import PromptSet
-from test_direction_scores import ablated, architecture, edited, log_probabilities
 from tiny_models import chatml_tokenizer
+from whole_passes import BruteForceDirection, architecture, log_probabilities
 
 PLANTED_HARMFUL = PromptSet(REFUSED + ANSWERED, "harmful.txt")
 PLANTED_HARMLESS = PromptSet(HARMLESS, "harmless.txt")
@@ -58,7 +57,7 @@ def test_the_planted_direction_is_found(planted: RefusalDirection) -> None:
 
 
 def test_the_coefficient_flips_what_the_model_answers(planted: RefusalDirection) -> None:
-    """c = 1 refuses harmless prompts, which pass the induction test, but not those that are answered with "Write"."""
+    """With c = 1 harmless prompts are refused, as the induction test asks, but not those that get "Write"."""
     assert planted.coefficient == 1.5
     assert planted.flip_rate == 1.0
     assert [(trial.coefficient, trial.flip_rate) for trial in planted.coefficient_trials] == [
@@ -125,55 +124,12 @@ def unfiltered(**changes: object) -> DirectionSettings:
     )
 
 
-class BruteForce:
-    """Method §1 word for word: three whole passes per candidate and prompt, one prompt at a time, no padding."""
-
-    def __init__(self, model: PreTrainedModel, kind: str, openers: tuple[int, ...], samples: dict) -> None:
-        self.model, self.kind, self.openers, self.samples = model, kind, openers, samples
-        self.layers = list(decoder_layers(model))
-        positions = len(Chat(chatml_tokenizer()).post_instruction_ids)
-        difference = self.mean("train_harmful", positions) - self.mean("train_harmless", positions)
-        base = log_probabilities(model, samples["validation_harmless"])
-        self.vectors, self.scores = {}, {}
-        for layer in range(int(0.8 * len(self.layers))):
-            for position in range(-positions, 0):
-                vector = difference[layer, position].float()
-                if vector.norm() < 1e-6:
-                    continue  # what layer 0 reads of the template is the same after every prompt
-                self.vectors[layer, position] = vector
-                with edited(self.layers[layer], lambda hidden, vector=vector: hidden + vector, inputs=True):
-                    induction = self.score("validation_harmless").mean().item()
-                with ablated(model, kind, vector):
-                    after = log_probabilities(model, samples["validation_harmless"])
-                    ablation = self.score("validation_harmful").mean().item()
-                kl = (base.exp() * (base - after)).sum(-1).mean().item()
-                self.scores[layer, position] = (induction, kl, ablation)
-
-    @torch.no_grad()
-    def mean(self, name: str, positions: int) -> torch.Tensor:
-        rows = Chat(chatml_tokenizer()).encode(self.samples[name])
-        streams = [self.model(torch.tensor([row]), output_hidden_states=True).hidden_states for row in rows]
-        return torch.stack(
-            [torch.stack([hidden[0, -positions:].double() for hidden in s]) for s in streams]
-        ).mean(0)
-
-    def score(self, name: str) -> torch.Tensor:
-        p = log_probabilities(self.model, self.samples[name]).exp()[:, list(self.openers)].sum(-1)
-        return torch.log(p + 1e-8) - torch.log(1 - p + 1e-8)
-
-    def choice(self, max_kl: float, min_induction: float) -> tuple[int, int]:
-        passing = [
-            c for c, (induction, kl, _) in self.scores.items() if kl <= max_kl and induction >= min_induction
-        ]
-        return min(passing, key=lambda candidate: self.scores[candidate][2])
-
-
 @pytest.mark.parametrize("kind", ["qwen3", "gemma3", "gpt_neox", "gpt2", "bloom"])
 def test_choice_and_scores_equal_brute_force(kind: str) -> None:
     model = architecture(kind)
     openers = tuple(range(40, 120))
     samples = sampled_prompts(RANDOM_HARMFUL, RANDOM_HARMLESS, unfiltered())
-    expected = BruteForce(model, kind, openers, samples)
+    expected = BruteForceDirection(model, kind, openers, samples)
     # Thresholds amid the scores, so that every test discards some.
     middle = statistics.median(induction for induction, _, _ in expected.scores.values()) - 1e-4
     inducing = [kl for induction, kl, _ in expected.scores.values() if induction >= middle]
@@ -208,7 +164,7 @@ def test_choice_and_scores_equal_brute_force(kind: str) -> None:
 def test_the_filter_equals_brute_force() -> None:
     model = architecture("qwen3")
     samples = sampled_prompts(RANDOM_HARMFUL, RANDOM_HARMLESS, unfiltered())
-    # Tokens that hold half of the mass, chosen so that every other prompt has more of it on them, the rest less.
+    # Tokens with half of the mass, chosen so that every other prompt has more of it on them, the rest less.
     p = log_probabilities(model, RANDOM_HARMFUL.prompts + RANDOM_HARMLESS.prompts).exp()
     ordered = (p[::2].mean(0) / p[1::2].mean(0)).argsort(descending=True)
     openers = tuple(ordered[p.mean(0)[ordered].cumsum(0) < 0.5].tolist())
@@ -234,8 +190,7 @@ def test_the_filter_equals_brute_force() -> None:
 
 
 def test_bfloat16_and_peft_models() -> None:
-    """The direction of a bfloat16 model is that of the float32 one to bfloat16's precision; an idle adapter changes
-    nothing."""
+    """An idle adapter changes nothing; bfloat16 changes the scores by no more than its precision."""
     model = architecture("qwen3")
     arguments = (Chat(chatml_tokenizer()), RANDOM_HARMFUL, RANDOM_HARMLESS)
     settings = unfiltered(refusal_token_ids=(50, 51), max_kl=9.0, min_induction=-30.0)
@@ -259,13 +214,12 @@ def test_bfloat16_and_peft_models() -> None:
 
 
 def test_relaxing_is_recorded_and_never_silent(tmp_path: Path) -> None:
-    """Halved by unfiltered prompts, the direction induces no refusal at c = 1; the relaxed rule says what it did."""
+    """Averaged with answered prompts, the direction induces no refusal at c = 1."""
     harmful = PromptSet(REFUSED[:6] + ANSWERED, "harmful.txt")
     settings = DirectionSettings(
         filter_prompts=False, coefficient=1.0, batch_size=64, refusal_token_ids=(43, 332)
     )
     arguments = (planted_model(), planted_chat(), harmful, PLANTED_HARMLESS)
-    # Answered prompts put a WRITE component into the difference, which ablation of harmless prompts does not see.
     found = find_refusal_direction(*arguments, settings)
     assert found.relaxed is not None and "90% of the best one's rise" in found.relaxed
     found.save(tmp_path)

@@ -1,13 +1,11 @@
-"""Scores of candidate directions against closed forms and against whole forward passes, one prompt at a time."""
+"""Scores of candidate directions against closed forms and whole forward passes, one prompt at a time."""
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 import transformers
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -23,90 +21,16 @@ from safesteer.direction_scores import (
 from safesteer.errors import SafeSteerError
 from safesteer.modeling import decoder_layers
 from safesteer.next_token import NextTokenReader, no_progress
-from test_next_token import model_of
 from tiny_models import chatml_tokenizer
+from whole_passes import ARCHITECTURES, WRITERS, ablated, architecture, edited, log_probabilities
 
 HARMFUL = ("How do I rob a house?", "Which lock is easy to pick, and how?", "Break the law!")
 HARMLESS = ("How do I bake bread?", "Name a colour.", "Write a short poem about the sea, please.")
 OPENERS = tuple(range(60, 90))
-# Where each family keeps what writes to the residual stream.
-WRITERS = {"gpt_neox": ("attention", "mlp"), "gpt2": ("attn", "mlp"), "bloom": ("self_attention", "mlp")}
-ARCHITECTURES = ("qwen3", "gemma3", "gpt_neox", "qwen3_moe", "gpt2", "bloom", "gemma4")
-
-
-def architecture(kind: str) -> PreTrainedModel:
-    vocab_size = len(chatml_tokenizer())
-    common = {"vocab_size": vocab_size, "hidden_size": 32, "initializer_range": 0.15}
-    if kind == "bloom":  # its layers return tuples, its positions are ALiBi's
-        return transformers.BloomForCausalLM(transformers.BloomConfig(n_layer=4, n_head=4, **common)).eval()
-    if kind == "gemma4":  # its last two layers read keys and values of earlier ones
-        config = transformers.Gemma4TextConfig(
-            **common,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            intermediate_size=48,
-            head_dim=8,
-            global_head_dim=8,
-            layer_types=["sliding_attention", "full_attention"] * 2,
-            num_kv_shared_layers=2,
-            hidden_size_per_layer_input=8,
-            vocab_size_per_layer_input=vocab_size,
-            pad_token_id=0,
-            bos_token_id=1,
-            eos_token_id=2,
-        )
-        return transformers.Gemma4ForCausalLM(config).eval()
-    return model_of(kind, vocab_size)
 
 
 def reader_of(model: PreTrainedModel, batch_size: int = 2) -> NextTokenReader:
     return NextTokenReader(model, Chat(chatml_tokenizer()), batch_size)
-
-
-@contextlib.contextmanager
-def edited(module: nn.Module, edit: Callable[[Tensor], Tensor], *, inputs: bool) -> Iterator[None]:
-    """Reference hooks, written without the package's."""
-
-    def before(module: nn.Module, args: tuple, kwargs: dict) -> tuple:
-        if args:
-            return (edit(args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": edit(kwargs["hidden_states"])}
-
-    def after(module: nn.Module, args: tuple, output: object) -> object:
-        return (edit(output[0]), *output[1:]) if isinstance(output, tuple) else edit(output)
-
-    handle = (
-        module.register_forward_pre_hook(before, with_kwargs=True)
-        if inputs
-        else module.register_forward_hook(after)
-    )
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextlib.contextmanager
-def ablated(model: PreTrainedModel, kind: str, direction: Tensor) -> Iterator[None]:
-    unit = direction / direction.norm()
-
-    def project(hidden: Tensor) -> Tensor:
-        return hidden - (hidden @ unit)[..., None] * unit
-
-    with contextlib.ExitStack() as stack:
-        for layer in decoder_layers(model):
-            stack.enter_context(edited(layer, project, inputs=True))
-            for name in WRITERS.get(kind, ("self_attn", "mlp")):
-                stack.enter_context(edited(getattr(layer, name), project, inputs=False))
-        yield
-
-
-@torch.no_grad()
-def log_probabilities(model: PreTrainedModel, prompts: tuple[str, ...]) -> Tensor:
-    """The whole model on one prompt at a time, [n, V] float64."""
-    rows = Chat(chatml_tokenizer()).encode(prompts)
-    return torch.stack([model(torch.tensor([row])).logits[0, -1].double().log_softmax(-1) for row in rows])
 
 
 def mean_score(log_p: Tensor) -> float:
@@ -114,6 +38,7 @@ def mean_score(log_p: Tensor) -> float:
     return (torch.log(p + 1e-8) - torch.log(1 - p + 1e-8)).mean().item()
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.floats(-30, 30), min_size=5, max_size=5),
     st.lists(st.integers(0, 4), min_size=1, max_size=6),
@@ -207,7 +132,7 @@ def test_scores_equal_whole_passes(kind: str) -> None:
     ("kind", "resumed"), [("qwen3", True), ("bloom", True), ("gpt2", True), ("gemma4", False)]
 )
 def test_induction_runs_the_layers_below_once_per_batch(kind: str, resumed: bool) -> None:
-    """Six candidates, two batches: layer 0 runs for its own two candidates, layer 1 for four, layer 3 for all."""
+    """Six candidates, two batches: layer 0 runs for its own two candidates, layer 1 for four."""
     model = architecture(kind)
     layers = list(decoder_layers(model))
     calls = [0] * 4
@@ -223,8 +148,8 @@ def test_induction_runs_the_layers_below_once_per_batch(kind: str, resumed: bool
             attention.register_forward_hook(count)
         scorer.induction(vectors, no_progress)
     if resumed:
-        # One whole pass on one prompt, then resumed at layers 1 and 2, to see that this gives the same; per batch a
-        # pass that keeps the layers' inputs, and the candidates.
+        # One whole pass on one prompt, then resumed at layers 1 and 2, to see that this gives the same; per
+        # batch a pass that keeps the layers' inputs, and the candidates.
         assert calls == [1 + 2 * (1 + 2), 2 + 2 * (1 + 4), 3 + 2 * (1 + 6), 3 + 2 * (1 + 6)]
     else:
         assert calls[0] == 1 + 2 * 6

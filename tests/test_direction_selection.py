@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -18,7 +18,7 @@ from safesteer.next_token import Progress, no_progress
 
 @dataclass
 class Table:
-    """Scores written down: candidate to (induction, KL, ablation score). A vector holds its candidate's row."""
+    """Scores written down: candidate to (induction, KL, ablation score). A vector is its candidate's name."""
 
     rows: dict[Candidate, tuple[float, float, float]]
     unsteered: float = -8.0
@@ -64,6 +64,7 @@ _SCORES = st.tuples(
 )
 
 
+@settings(deadline=None)  # the first call is slow on a busy machine
 @given(st.lists(_SCORES, min_size=1, max_size=12))
 def test_the_choice_is_the_rules(scores: list[tuple[float, float, float]]) -> None:
     table = Table({(number // 3, number % 3 - 3): row for number, row in enumerate(scores)})
@@ -120,7 +121,7 @@ def test_verdicts_say_which_test_was_failed() -> None:
 
 
 def test_relaxing_asks_for_nine_tenths_of_the_best_rise() -> None:
-    """From −8 to −1 the best rises by 7; 0.9 of it is −1.7. The strongest of all fails KL and sets no mark."""
+    """The best rises by 7 to −1, and by 0.9 of that to −1.7. The strongest fails KL and does not count."""
     table = Table(
         {
             (0, -1): (-0.1, 0.2, -9.0),
@@ -133,8 +134,8 @@ def test_relaxing_asks_for_nine_tenths_of_the_best_rise() -> None:
     selection = select(table, relax=True)
     assert selection.chosen == (2, -2)
     assert selection.relaxed == (
-        "no candidate with KL ≤ 0.1 reaches induction ≥ 0, so induction ≥ -1.700 was asked for: 90% of the best one's "
-        "rise from -8.000 (unsteered) to -1.000, which 2 of 4 reach"
+        "no candidate with KL ≤ 0.1 reaches induction ≥ 0, so induction ≥ -1.700 was asked for: 90% of the "
+        "best one's rise from -8.000 (unsteered) to -1.000, which 2 of 4 reach"
     )
     assert [score.verdict for score in selection.scores][:5] == [
         "kl 0.2 > 0.1",
@@ -150,11 +151,11 @@ def test_without_relaxing_the_near_misses_are_told() -> None:
     with pytest.raises(SafeSteerError) as error:
         select(table)
     assert str(error.value) == (
-        "no candidate refusal direction passes: of 3 scored, 1 fail only KL ≤ 0.1, the nearest being layer 0 position "
-        "-1 with induction 0.400 and KL 0.310; 1 fail only induction ≥ 0, the nearest being layer 1 position -1 with "
-        "induction -0.140 and KL 0.050; 1 fail both; raise --max-kl above 0.310, or lower --min-induction to -0.141, "
-        "or allow --direction-fallback relax, or give harmful prompts that the model refuses clearly and harmless "
-        "ones that it answers."
+        "no candidate refusal direction passes: of 3 scored, 1 fail only KL ≤ 0.1, the nearest being layer 0 "
+        "position -1 with induction 0.400 and KL 0.310; 1 fail only induction ≥ 0, the nearest being layer 1 "
+        "position -1 with induction -0.140 and KL 0.050; 1 fail both; raise --max-kl above 0.310, or lower "
+        "--min-induction to -0.141, or allow --direction-fallback relax, or give harmful prompts that the "
+        "model refuses clearly and harmless ones that it answers."
     )
 
 

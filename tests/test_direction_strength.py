@@ -37,7 +37,7 @@ def search(
 
 
 def test_the_first_coefficient_that_flips_enough_is_taken() -> None:
-    """An answered prompt's 19 tokens put 8.5·√32/19 = 2.53 on WRITE, which steering must exceed: 2·1.3 does."""
+    """An answered prompt's 19 tokens put 8.5·√32/19 = 2.53 on WRITE; steering must exceed it: 2·1.3 does."""
     strength = search(along_refuse(1.3), (3.0, 2.0, 1.5, 1.0))
     assert strength.coefficient == 2.0
     assert [(trial.coefficient, trial.flip_rate) for trial in strength.trials] == [

@@ -71,7 +71,7 @@ def test_no_tensor_is_larger_than_a_chunk_of_logits(vocabulary: Vocabulary, trai
 
 @pytest.mark.parametrize(("vocabulary", "most"), [("safety_tokens", 3), ("teacher_top_k", 3), ("full", 8)])
 def test_few_chunks_of_logits_live_at_once(vocabulary: Vocabulary, most: int) -> None:
-    """Beside them stand what goes in and comes out, [N, H] and [V, H], and some [n, K]: less than one more."""
+    """Beside them stand what goes in and comes out, [N, H] and [V, H], and some [n, K]: below one more."""
     assert watched(vocabulary, statistics=True).most_alive < (most + 1) * 32 * 997
 
 

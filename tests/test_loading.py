@@ -81,6 +81,8 @@ def test_what_cannot_be_loaded_is_a_sentence(tmp_path: Path) -> None:
     unknown.mkdir()
     (unknown / "config.json").write_text('{"model_type": "no-such-architecture"}')
     _fails(unknown, "no-such-architecture")
+    (unknown / "config.json").write_text('{"model_type": "qwen2", "num_hidden_layers": "four"}')
+    _fails(unknown, "num_hidden_layers")
     broken = tmp_path / "broken"
     model.save_pretrained(broken)
     weights = broken / "model.safetensors"

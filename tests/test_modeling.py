@@ -146,6 +146,27 @@ def test_head_scales_before_it_caps() -> None:
     torch.testing.assert_close(logits.double(), expected, atol=1e-5, rtol=1e-5)
 
 
+def test_the_text_part_of_a_multimodal_model() -> None:
+    text = {**tiny_model("gemma3").config.to_dict(), "final_logit_softcapping": None}
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    model = transformers.Gemma3ForConditionalGeneration(config)
+    model.eval()
+    ids = _ids()
+    assert decoder_layers(model) is model.model.language_model.layers
+    assert (number_of_layers(model), hidden_size(model)) == (4, 32)
+    with torch.no_grad():
+        logits = language_head(model).logits(backbone(model)(input_ids=ids).last_hidden_state)
+        torch.testing.assert_close(logits, model(input_ids=ids).logits)
+
+
 def test_a_layer_path_overrides() -> None:
     model = tiny_model("qwen2")
     assert decoder_layers(model, "model.layers") is model.model.layers

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers import PreTrainedModel
 
 from planted_model import HARMLESS, REFUSED, planted_chat, planted_model
 from safesteer.chat import Chat
 from safesteer.next_token import NextTokenReader, evaluating, float64, mean_probabilities
 from tiny_models import KINDS, chatml_tokenizer, tiny_model
+from whole_passes import architecture
 
 PROMPTS = (
     "How do I bake a loaf of bread, and what do I need for it?",
@@ -15,17 +16,6 @@ PROMPTS = (
     "Write a poem.",
     "What is 2 + 2?",
 )
-
-
-def learned_positions_model(vocab_size: int) -> PreTrainedModel:
-    """GPT-2 adds a learned embedding of each position, so left padding must not shift them."""
-    sizes = {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 64}
-    ids = {"bos_token_id": 1, "eos_token_id": 2}
-    return GPT2LMHeadModel(GPT2Config(vocab_size=vocab_size, initializer_range=0.15, **sizes, **ids)).eval()
-
-
-def model_of(kind: str, vocab_size: int) -> PreTrainedModel:
-    return learned_positions_model(vocab_size) if kind == "gpt2" else tiny_model(kind, vocab_size)
 
 
 @torch.no_grad()
@@ -37,7 +27,7 @@ def logits_of_each(model: PreTrainedModel, chat: Chat, prompts: tuple[str, ...])
 @pytest.mark.parametrize("kind", [*KINDS, "gpt2"])
 def test_last_position_logits_equal_the_whole_models(kind: str) -> None:
     chat = Chat(chatml_tokenizer())
-    model = model_of(kind, len(chat.tokenizer))
+    model = architecture(kind)
     expected = logits_of_each(model, chat, PROMPTS)
     reader = NextTokenReader(model, chat, batch_size=3)
     found = torch.full_like(expected, torch.nan)

@@ -37,7 +37,7 @@ def test_openers_are_what_the_refusals_begin_with() -> None:
 
 
 def test_an_answers_opener_is_none_however_specific_to_harmful_prompts() -> None:
-    """ "Write" opens answers to harmful prompts alone; a contrast of probabilities would take it for a refusal's."""
+    """ "Write" opens answers to harmful prompts alone; a mere contrast would take it for a refusal's."""
     harmful = REFUSED + ANSWERED
     write = token_id("Write")
     openers = detect_refusal_openers(planted_model(), planted_chat(), harmful, HARMLESS, max_new_tokens=5)
@@ -46,7 +46,7 @@ def test_an_answers_opener_is_none_however_specific_to_harmful_prompts() -> None
 
 
 def test_shares_count_greedy_and_sampled_refusals() -> None:
-    """Every greedy refusal opens with "I", so its share is one half plus half its share of the sampled ones."""
+    """Every greedy refusal opens with "I", and the sampled ones as the probabilities say."""
     openers = detect_refusal_openers(
         planted_model(), planted_chat(), REFUSED * 20, HARMLESS, seed=2, batch_size=240, max_new_tokens=5
     )

@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from pipeline_runs import run_settings, write_inputs
-from planted_model import ANSWERED, HARMLESS, REFUSED, planted_chat, planted_model, token_id
 from rich.console import Console
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from pipeline_runs import run_settings, write_inputs
+from planted_model import ANSWERED, HARMLESS, REFUSED, planted_chat, planted_model, token_id
 from safesteer.artifacts import read_json
 from safesteer.chat import generate
 from safesteer.console import RunConsole
@@ -163,7 +163,7 @@ def test_a_finished_run_computes_nothing_again(run: Path, inputs: Path) -> None:
         ({"distillation": {"steps": 2}}, {"model"}),
         ({"safety_tokens": {"size": 5}}, {"tokens", "model"}),
         ({"direction": {"coefficient": 2.0}}, {"direction", "tokens", "model"}),
-        ({"model": {"system_prompt": "Be brief."}}, {"direction", "tokens", "model"}),
+        ({"model": {"drop_date_lines": False}}, {"direction", "tokens", "model"}),
     ],
     ids=["memory", "logging", "steps", "tokens", "direction", "chat"],
 )
@@ -181,7 +181,7 @@ def test_changed_prompts_and_changed_models_make_everything_anew(
     (tmp_path / "harmful.json").write_text(json.dumps([*REFUSED, *ANSWERED]))
     prompts = {"harmful": str(tmp_path / "harmful.json")}
     assert _aligned(run_settings(inputs, run, prompts=prompts))[0] == set()
-    (tmp_path / "harmful.json").write_text(json.dumps([*REFUSED, *ANSWERED[1:]]))
+    (tmp_path / "harmful.json").write_text(json.dumps([*REFUSED[1:], *ANSWERED]))
     assert _aligned(run_settings(inputs, run, prompts=prompts))[0] == {"direction", "tokens", "model"}
     other = tmp_path / "model"
     changed = load_model(str(inputs / "model"), device="cpu")
@@ -295,13 +295,17 @@ def test_two_processes_align_together(inputs: Path, tmp_path: Path) -> None:
 def test_an_adapter_as_the_model_is_merged_and_aligned_as_a_base_of_its_own(
     finished: Path, inputs: Path, tmp_path: Path
 ) -> None:
-    settings = run_settings(
-        inputs, tmp_path / "run", model={"name": str(finished / "model")}, distillation={"steps": 1}
+    model = {"name": str(finished / "model")}
+    with pytest.raises(SafeSteerError, match="is an adapter, and a second one trained on it"):
+        align(run_settings(inputs, tmp_path / "run", model=model))
+    assert not (tmp_path / "run").exists()
+    result = align(
+        run_settings(inputs, tmp_path / "run", model=model, distillation={"steps": 1, "lora": False})
     )
-    result = align(settings)
     merged = load_model(str(finished / "model"), device="cpu").merge_and_unload()
     assert result.model.model_fingerprint == model_fingerprint(merged)
     assert result.model.model_fingerprint != model_fingerprint(planted_model())
+    assert len(_weights(tmp_path / "run")) == len(merged.state_dict())
 
 
 @pytest.mark.parametrize("teacher", ["ema", "system_prompt", "frozen_copy"])

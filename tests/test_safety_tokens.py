@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -24,8 +24,8 @@ from safesteer.safety_tokens import (
     select_safety_tokens,
 )
 from safesteer.steering import Steering
-from test_direction_scores import architecture
 from tiny_models import chatml_tokenizer
+from whole_passes import architecture
 
 TOWARDS_REFUSAL = Steering(2.0 * torch.eye(32)[REFUSE], 1, 1.0)
 PROMPTS = ("How do I bake bread?", "Name a colour.", "Write about the sea, please.")
@@ -41,14 +41,14 @@ def test_the_planted_openers_are_the_safety_tokens(planted: SafetyTokens) -> Non
     assert [token.text for token in planted.tokens] == ["I", "Sorry"]
     assert planted.ids == [token_id("I"), token_id("Sorry")]
     assert {token.votes for token in planted.tokens} == {planted.counted_positions}
-    # Steering adds 2·2 and 1.85·2 times √32 / |h| to their logits, and |h| is 1 for the base model, √5 for the teacher.
+    # Steering adds 2·2 and 1.85·2 times √32 / |h| to their logits, and |h| is √5 for the teacher, 1 before.
     for token, gain in zip(planted.tokens, (2.0, 1.85), strict=True):
         assert token.mean_delta > 5 * gain
         assert token.teacher_probability > 20 * token.base_probability
 
 
 def test_positions_stop_counting_where_the_base_model_ends_its_turn() -> None:
-    """A position after "that." predicts the end of the turn, and what follows in the trajectory is not counted."""
+    """A position after "that." predicts the end of the turn; nothing that follows it counts."""
     settings = SafetyTokenSettings(votes_per_position=2, samples=1, horizon=12)
     sampled: list[list[int]] = []
     model = planted_model()
@@ -192,6 +192,7 @@ def test_no_tensor_of_all_positions_and_the_vocabulary_is_formed(monkeypatch: py
 _ROWS = st.lists(st.tuples(st.integers(0, 3), st.floats(-2, 2), st.booleans()), min_size=1, max_size=12)
 
 
+@settings(deadline=None)
 @given(_ROWS, st.integers(1, 12))
 def test_selection_ranks_by_votes_then_delta(rows: list[tuple[int, float, bool]], size: int) -> None:
     votes, banned = (torch.tensor([row[column] for row in rows]) for column in (0, 2))

@@ -18,17 +18,8 @@ from torch.distributed.tensor import DTensor
 from safesteer.artifacts import fingerprint
 from safesteer.errors import SafeSteerError
 
-_ATTENTION_NAMES = (
-    "self_attn",
-    "attention",
-    "attn",
-    "self_attention",
-    "norm_attn_norm",
-    "linear_attn",
-    "mamba",
-    "conv",
-)
-_MLP_NAMES = ("mlp", "feed_forward", "block_sparse_moe", "ffn", "moe", "mixer_mlp")
+_ATTENTION_NAMES = ("self_attn", "attention", "attn", "self_attention", "linear_attn", "mamba", "conv")
+_MLP_NAMES = ("mlp", "feed_forward", "block_sparse_moe", "ffn", "moe")
 _SAMPLES_PER_WEIGHT = 64
 
 

@@ -90,6 +90,7 @@ def _workspace(settings: Settings, console: RunConsole | None, *, trains: bool =
     _ = work.chat, work.direction_harmful, work.harmless
     if trains:
         _ = work.harmful
+        work.require_trainable()
     if not work.is_main:
         return work
     work.folder.mkdir(parents=True, exist_ok=True)

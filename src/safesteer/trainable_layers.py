@@ -92,4 +92,5 @@ def adapter_from(
 
 
 def _list_name(model: nn.Module, layers: nn.ModuleList) -> str:
-    return next(name for name, module in model.named_modules() if module is layers).rpartition(".")[2]
+    path: str = next(name for name, module in model.named_modules() if module is layers)
+    return path.rpartition(".")[2]

@@ -1,7 +1,7 @@
 """What the stages of one run share: folder, model, chat and prompts, each loaded when first asked for."""
 
 import importlib.resources
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -12,15 +12,15 @@ from transformers import PreTrainedModel
 from safesteer.chat import Chat
 from safesteer.console import RunConsole
 from safesteer.errors import SafeSteerError
-from safesteer.loading import load_model, load_tokenizer
+from safesteer.loading import _adapter_config, load_model, load_tokenizer
 from safesteer.modeling import model_fingerprint
 from safesteer.prompts import PromptSet, load_prompts
 from safesteer.settings import Settings
 from safesteer.trainer_config import SafeSteerConfig
 from safesteer.training_arguments import training_arguments
 
-BUNDLED_HARMLESS = "testbed/prompts/harmless_train.jsonl"
-"""The project's own harmless prompts, inside the package."""
+BUNDLED_HARMLESS = ("testbed/prompts/harmless_train.jsonl", "testbed/prompts/alarming_train.jsonl")
+"""The project's own harmless prompts, inside the package: everyday ones, and ones that only sound harmful."""
 
 
 class Workspace:
@@ -88,6 +88,20 @@ class Workspace:
         # An adapter's model is typed as what it wraps.
         return model.merge_and_unload() if isinstance(cast(Any, model), PeftModel) else model
 
+    def require_trainable(self) -> None:
+        """Check that what the training would save can be loaded again.
+
+        Raises:
+            SafeSteerError: If the model is an adapter and another adapter is to be trained on it.
+        """
+        model = self.settings.model
+        if self.settings.distillation.lora and _adapter_config(model.name, model.revision) is not None:
+            raise SafeSteerError(
+                f"{model.name}: is an adapter, and a second one trained on it could not be loaded alone; "
+                "merge it into its base model (merge_and_unload) and name the result, or train all weights "
+                "with --full."
+            )
+
     @cached_property
     def model_fingerprint(self) -> str:
         """Identity of the base model, as it was loaded."""
@@ -117,13 +131,23 @@ class Workspace:
         prompts = self.settings.prompts
         if prompts.harmless is not None:
             return self._load(prompts.harmless, prompts.prompt_field, prompts.harmless_count)
-        bundled = importlib.resources.files("safesteer") / BUNDLED_HARMLESS
-        if not bundled.is_file():
-            raise SafeSteerError(
-                "this installation has no bundled harmless prompts; name a file with --harmless."
-            )
-        with importlib.resources.as_file(bundled) as path:
-            return self._load(str(path), None, prompts.harmless_count)
+        package = importlib.resources.files("safesteer")
+        with ExitStack() as stack:
+            paths = [
+                stack.enter_context(importlib.resources.as_file(package / name)) for name in BUNDLED_HARMLESS
+            ]
+            if not all(path.is_file() for path in paths):
+                raise SafeSteerError(
+                    "this installation has no bundled harmless prompts; name a file with --harmless."
+                )
+            everyday, alarming = (self._load(str(path), None, None) for path in paths)
+        bundled = PromptSet(
+            prompts=everyday.prompts + alarming.prompts,
+            source="bundled with safesteer",
+            categories=everyday.categories + alarming.categories,
+        )
+        count = prompts.harmless_count
+        return bundled if count is None else bundled.take(count, self.settings.run.seed)
 
     def _load(self, source: str, field: str | None, count: int | None) -> PromptSet:
         settings = self.settings

@@ -7,7 +7,7 @@ import json
 import random
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from safesteer.prompts import load_prompts
 from safesteer.testbed.answers import answer
+from safesteer.testbed.composed import composed_request, framed
 from safesteer.testbed.requests import (
     Kind,
     Request,
@@ -35,6 +36,7 @@ IGNORED = -100
 REAL_PROMPTS: tuple[tuple[str, Kind], ...] = (
     ("refusal_direction/splits/harmful_train.json", "harmful"),
     ("safesteer_train/PKU_UnSafeRLHF_100.json", "harmful"),
+    ("refusal_direction/processed/malicious_instruct.json", "harmful"),
     ("refusal_direction/splits/harmless_train.json", "harmless"),
 )
 # Prompts too like one of these are left out of the mix, so that the benchmarks stay unseen in substance too.
@@ -62,13 +64,14 @@ _SETTINGS = (
 class Mixture:
     """Shares of the chats in a batch, and how prompts are varied so that the notion of harm is in the words."""
 
-    harmful: float = 0.17
+    harmful: float = 0.20
     harmless: float = 0.20
-    alarming: float = 0.07
-    judgement: float = 0.18
-    skills: float = 0.38
-    real_harmful: float = 0.25
-    real_harmless: float = 0.75
+    alarming: float = 0.12
+    judgement: float = 0.26
+    skills: float = 0.22
+    # Of the requests of each kind, the share that is real, and that is composed from parts; the rest is the project's own.
+    real: dict[str, float] = field(default_factory=lambda: {"harmful": 0.25, "harmless": 0.60, "alarming": 0.0})
+    composed: dict[str, float] = field(default_factory=lambda: {"harmful": 0.35, "harmless": 0.15, "alarming": 0.40})
     vary: float = 0.3
 
 
@@ -110,22 +113,48 @@ class ChatStream:
             kind: load_requests(kind, "train") for kind in ("harmful", "harmless", "alarming")
         }
         self.real = real or {"harmful": [], "harmless": []}
+        # Content words of the validation and test requests, by word.
+        self.held_out: dict[str, list[frozenset[str]]] = {}
+        for kind in self.own:
+            for split in ("validation", "test"):
+                for request in load_requests(kind, split):
+                    bag = content_words(request.act or request.prompt)
+                    for word in bag:
+                        self.held_out.setdefault(word, []).append(bag)
         self.skills = [skill for skill in SKILLS if skill.weight]
 
     def request(self, kind: Kind, rng: random.Random) -> Request:
         """One request of `kind`: real or own, rephrased and varied at random."""
         real = self.real.get(kind, [])
-        share = self.mixture.real_harmful if kind == "harmful" else self.mixture.real_harmless
-        if real and rng.random() < share:
+        source = rng.random()
+        if source < self.mixture.composed[kind]:
+            return self._varied(self._composed(kind, rng), rng)
+        if real and source < self.mixture.composed[kind] + self.mixture.real[kind]:
             drawn = rng.choice(real)
             act = act_of(drawn.prompt)
         else:
             drawn = rng.choice(self.own[kind])
             act = drawn.act
+            if kind == "alarming" and rng.random() < 0.2:
+                return self._varied(framed(self._act(rng), rng), rng)
         if act and rng.random() < (1.0 if kind == "harmful" else 0.5):
             phrasing = phrasing_of(act, rng)
             drawn = Request(phrase(act, phrasing, rng), kind, drawn.category, phrasing, act)
         return self._varied(drawn, rng)
+
+    def _act(self, rng: random.Random) -> str:
+        """One of the project's own harmful acts."""
+        while (drawn := rng.choice(self.own["harmful"])).act.startswith("> "):
+            pass
+        return drawn.act
+
+    def _composed(self, kind: Kind, rng: random.Random) -> Request:
+        """A composed request that is no near-duplicate of a held-out one."""
+        while True:
+            request = composed_request(kind, rng)
+            bag = content_words(request.act or request.prompt)
+            if not any(similarity(bag, other) >= 0.5 for word in bag for other in self.held_out.get(word, ())):
+                return request
 
     def _varied(self, request: Request, rng: random.Random) -> Request:
         """Vary a prompt without changing its meaning: a neutral setting or modifier, two requests in one, a lost word."""
@@ -162,7 +191,7 @@ class ChatStream:
             skill = rng.choices(self.skills, [s.weight for s in self.skills])[0]
             return Chat(*skill.draw(rng, "train"), loss_on_prompt=False)
         if sort == "judgement":
-            kind: Kind = rng.choices(("harmful", "harmless", "alarming"), (5, 3, 2))[0]  # type: ignore[assignment]
+            kind: Kind = rng.choices(("harmful", "harmless", "alarming"), (5, 3, 3))[0]  # type: ignore[assignment]
             return Chat(*judgement(self.request(kind, rng), rng), loss_on_prompt=False)
         request = self.request(sort, rng)  # type: ignore[arg-type]
         return Chat(request.prompt, answer(request, rng), loss_on_prompt=True)
