@@ -157,12 +157,12 @@ def test_harmful_prompts_that_the_model_never_refuses(bench: Bench) -> None:
 
 
 def test_no_candidate_direction_survives(bench: Bench) -> None:
-    told = bench.align("--max-kl", "0", "--direction-batch-size", "4")
     # Which test the near-misses failed, and what may be relaxed.
-    assert re.search(r"KL", told) and "max_kl" in told.replace("-", "_")
-    assert not (bench.output / "direction.json").exists()
+    told = bench.align("--max-kl", "-1")
+    assert "fail only KL ≤ -1" in told and "raise --max-kl" in told
     told = bench.align("--min-induction", "50", "--fallback", "error")
-    assert "induction" in told
+    assert "induction ≥ 50" in told and "--min-induction" in told
+    assert not (bench.output / "direction.json").exists()
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,10 @@ def recipe(inputs: Path, tmp_path: Path) -> Path:
 
 
 def test_the_first_help_lists_every_command_without_loading_pytorch() -> None:
-    code = "import sys, safesteer.cli as c\ntry:\n c.main(args=['--help'])\nexcept SystemExit: print('torch' in sys.modules)"
+    code = (
+        "import sys, safesteer.cli as c\ntry:\n c.main(args=['--help'])\n"
+        "except SystemExit: print('torch' in sys.modules)"
+    )
     path = os.pathsep.join([str(Path(__file__).parents[1] / "src"), os.environ.get("PYTHONPATH", "")])
     shown = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}
@@ -77,17 +80,12 @@ def test_flags_win_over_the_recipe_and_reach_the_run(recipe: Path, inputs: Path,
     other = tmp_path / "other"
     flags = ["--coefficient", "2", "--output", str(other), "--no-filter-prompts", "--quiet"]
     result = invoke("direction", "--recipe", recipe, *flags)
-    assert (result.exit_code, result.output.strip()) == (0, _table_only(result.output))
+    assert (result.exit_code, result.output) == (0, "")
     saved = build_settings(load_recipe(other / "config.yaml"))
     wanted = run_settings(
         inputs, other, direction={"coefficient": 2.0, "filter_prompts": False}, run={"output": str(other)}
     )
     assert saved == wanted
-
-
-def _table_only(output: str) -> str:
-    """--quiet leaves nothing."""
-    return ""
 
 
 def test_stages_continue_a_run_from_its_own_settings(recipe: Path, tmp_path: Path) -> None:
@@ -97,7 +95,7 @@ def test_stages_continue_a_run_from_its_own_settings(recipe: Path, tmp_path: Pat
     assert "Best candidates" in first.output and "Refusals open with: 'I' 'Sorry'" in first.output
     second = invoke("tokens", "--output", run, "--tokens-size", "4")
     assert second.exit_code == 0, second.output
-    assert re.search(r"'Sorry'\s+│\s+\d+ │", second.output)
+    assert re.search(r"'Sorry'\s+│\s+\d+\s+│", second.output)
     third = invoke("distill", "--output", run, "--steps", "1")
     assert third.exit_code == 0, third.output
     assert f"The aligned model is in {run / 'model'}" in third.output

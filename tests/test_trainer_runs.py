@@ -1,5 +1,6 @@
 """Whole runs: resuming, which weights move, which teacher teaches."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -72,17 +73,29 @@ def test_full_training_from_the_steered_layer(tmp_path: Path, tied: bool) -> Non
 
 
 def test_adapter_from_the_steered_layer(tmp_path: Path) -> None:
-    asked = tiny.lora(target_modules=["q_proj", "up_proj"], layers_to_transform=[1, 2, 3])
-    for config in (tiny.lora(), asked):
+    attention = {"q_proj", "k_proj", "v_proj", "o_proj"}
+    configs = [
+        (tiny.lora(), attention | {"gate_proj", "up_proj", "down_proj"}),
+        (
+            tiny.lora(target_modules=["q_proj", "up_proj"], layers_to_transform=[1, 2, 3]),
+            {"q_proj", "up_proj"},
+        ),
+        (tiny.lora(target_modules=r".*\.(q_proj|o_proj)", exclude_modules=["o_proj"]), {"q_proj"}),
+        (tiny.lora(exclude_modules=r".*\.mlp\..*"), attention),
+    ]
+    before = copy.deepcopy(configs)
+    for config, expected in configs:
         run = tiny.trainer(tmp_path, peft_config=config, train_layers="from_steered")
         names = [name for name, value in run.model.named_parameters() if value.requires_grad]
         assert {int(name.split(".layers.")[1].split(".")[0]) for name in names} == {2, 3}
+        targets = {name.split(".lora_")[0].rpartition(".")[2] for name in names}
+        assert targets == expected
         tiny.jolt(run.model)
         run.save_model(str(tmp_path / "adapter"))
         loaded = PeftModel.from_pretrained(tiny.model(), tmp_path / "adapter")
         ids = torch.tensor([[5, 6, 7]])
         torch.testing.assert_close(loaded(ids).logits, run.model.eval()(ids).logits)
-    assert asked.layers_to_transform == [1, 2, 3]
+    assert configs == before
 
 
 @pytest.mark.parametrize("adapter", [True, False])

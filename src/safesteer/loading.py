@@ -199,8 +199,3 @@ def _template_text(chat_template: str | Path) -> str:
         raise SafeSteerError(
             f"chat template {chat_template}: cannot be read ({one_line(error)}); give a Jinja file in UTF-8."
         ) from error
-
-
-# Former names; plan.py still imports them.
-_adapter_config = adapter_config
-_device = choose_device

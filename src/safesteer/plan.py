@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from safesteer.console import RunConsole
 from safesteer.divergence import LOGITS_PER_CHUNK
 from safesteer.errors import SafeSteerError, one_line
-from safesteer.loading import _adapter_config, _device
+from safesteer.loading import adapter_config, choose_device
 from safesteer.settings import DistillationSettings, ModelSettings, Settings
 from safesteer.training_arguments import lora_config, micro_batches, number_of_processes
 from safesteer.training_data import anchors_per_step, number_of_steps
@@ -80,7 +80,7 @@ def model_shape(settings: ModelSettings, distillation: DistillationSettings) -> 
     Raises:
         SafeSteerError: If there is no such model or it is no causal language model.
     """
-    adapter = _adapter_config(settings.name, settings.revision)
+    adapter = adapter_config(settings.name, settings.revision)
     name, revision = settings.name, settings.revision
     if adapter is not None:
         name, revision = adapter.base_model_name_or_path, adapter.revision
@@ -137,7 +137,7 @@ def estimate_memory(
         processes: Devices in the run.
     """
     # A device that this machine lacks may be planned for.
-    device = torch.device(model.device) if model.device else _device(None)
+    device = torch.device(model.device) if model.device else choose_device(None)
     gpu = device.type == "cuda"
     stored = _stored_dtype(shape, model, gpu)
     trained_bytes = 4 if distillation.lora or distillation.master_dtype == "float32" else 2

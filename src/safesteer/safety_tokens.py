@@ -38,6 +38,10 @@ class SafetyTokenSettings:
     selection: Literal["vote", "mean"] = _setting(
         "vote", "Keep the tokens with most votes, or with the highest mean log-ratio."
     )
+    prompts: Literal["harmless", "harmful"] = _setting(
+        "harmless",
+        "What the trajectories answer: harmless prompts (the method; the teacher must refuse them), or harmful ones.",
+    )
     batch_size: int = _setting(64, "Trajectories at a time.")
     seed: int = _setting(42, "Seed of the trajectories.")
 
@@ -52,6 +56,7 @@ class SafetyTokenSettings:
         self._require(
             "minimum_probability", 0 <= self.minimum_probability < 1, "a probability from 0 to below 1"
         )
+        self._require("prompts", self.prompts in ("harmless", "harmful"), "harmless or harmful")
         self._require("selection", self.selection in ("vote", "mean"), "vote or mean")
 
     def _require(self, name: str, holds: bool, what: str) -> None:

@@ -7,6 +7,7 @@ of computed, any other is computed anew.
 
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from safesteer.artifacts import read_json
@@ -54,7 +55,7 @@ def direction_stage(work: Workspace) -> RefusalDirection:
 def tokens_stage(work: Workspace, direction: RefusalDirection) -> SafetyTokens:
     """Load the run's safety tokens if their inputs are unchanged, else find and save them (method §3)."""
     settings = work.settings.safety_tokens
-    prompts = direction.validation_harmless
+    prompts = contrast_prompts(work, direction)
     wanted = safety_tokens_fingerprint(
         work.model_fingerprint, work.chat, prompts, direction.steering, settings
     )
@@ -81,6 +82,19 @@ def tokens_stage(work: Workspace, direction: RefusalDirection) -> SafetyTokens:
         outcome(work.folder / TOKENS_FILE, kept, started),
     )
     return tokens
+
+
+def contrast_prompts(work: Workspace, direction: RefusalDirection) -> Sequence[str]:
+    """The prompts whose refusals tell the safety tokens.
+
+    The method takes the harmless validation prompts, which a strong teacher refuses. A teacher that tells harmful from
+    harmless refuses few of those; its refusals are then found on harmful prompts.
+    """
+    settings = work.settings.safety_tokens
+    if settings.prompts == "harmless":
+        return direction.validation_harmless
+    count = min(work.settings.direction.validation_harmless, len(work.direction_harmful))
+    return work.direction_harmful.take(count, settings.seed).prompts
 
 
 def saved_direction(work: Workspace) -> RefusalDirection:

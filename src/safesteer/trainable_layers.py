@@ -5,9 +5,11 @@ above it, and the frozen part needs no backward pass.
 """
 
 import copy
+import re
 from typing import Any, cast
 
 from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from safesteer.errors import SafeSteerError
@@ -50,7 +52,10 @@ def freeze_below(model: nn.Module, layer: int, layer_path: str | None = None) ->
 def adapter_from(
     config: PeftConfig, model: nn.Module, layer: int, layer_path: str | None = None
 ) -> PeftConfig:
-    """Restrict a LoRA config to the layers from a given one on.
+    """Restrict an adapter to the layers from a given one on.
+
+    Not by `layers_to_transform`: PEFT passes over that for modules it knows by their full names, which is how
+    it reads "all-linear" on some models.
 
     Args:
         config: The adapter asked for; left as it is.
@@ -59,38 +64,44 @@ def adapter_from(
         layer_path: Where the decoder layers are, if they cannot be found.
 
     Returns:
-        A copy with `layers_to_transform` set to `layer … L-1`, or to those of them that were asked for.
+        A copy whose `exclude_modules` hold the layers below, besides what was excluded already.
 
     Raises:
-        SafeSteerError: If the config names its modules by a regular expression, which PEFT cannot combine
-            with layers, has no such setting, or asks for none of these layers.
+        SafeSteerError: If the config cannot exclude modules, or asks for layers below only.
     """
-    if not hasattr(config, "layers_to_transform"):
+    restricted: Any = copy.copy(config)
+    if not hasattr(restricted, "exclude_modules"):
         raise SafeSteerError(
             f"train_layers from_steered cannot restrict a {type(config).__name__}; use a LoraConfig or "
             "train all layers."
         )
-    restricted: Any = copy.copy(config)
-    if isinstance(restricted.target_modules, str) and restricted.target_modules != "all-linear":
-        raise SafeSteerError(
-            "train_layers from_steered cannot restrict an adapter whose target_modules is a regular "
-            'expression; give a list of module names or "all-linear".'
-        )
-    layers = decoder_layers(model, layer_path)
-    asked = restricted.layers_to_transform
-    wanted = range(len(layers)) if asked is None else [asked] if isinstance(asked, int) else asked
-    kept = [index for index in wanted if index >= layer]
-    if not kept:
+    asked = getattr(restricted, "layers_to_transform", None)
+    if asked is not None and max([asked] if isinstance(asked, int) else asked) < layer:
         raise SafeSteerError(
             f"the adapter's layers_to_transform {asked} leave none from the steered layer {layer} on; "
             "widen them or set train_layers to all."
         )
-    restricted.layers_to_transform = kept
-    # Named, because PEFT could otherwise take another number in a module's name for its layer (an expert's).
-    restricted.layers_pattern = [_list_name(model, layers)]
+    if layer == 0:
+        return config
+    layers = decoder_layers(model, layer_path)
+    path = next(name for name, module in model.named_modules() if module is layers)
+    below = rf"{re.escape(path)}\.({'|'.join(map(str, range(layer)))})\..*"
+    excluded = restricted.exclude_modules or []
+    if not isinstance(excluded, str):
+        excluded = "|".join(rf"(.*\.)?{re.escape(name)}" for name in sorted(excluded))
+    restricted.exclude_modules = f"({excluded})|({below})" if excluded else below
     return cast(PeftConfig, restricted)
 
 
-def _list_name(model: nn.Module, layers: nn.ModuleList) -> str:
-    path: str = next(name for name, module in model.named_modules() if module is layers)
-    return path.rpartition(".")[2]
+def remove_adapters_below(model: nn.Module, layer: int, layer_path: str | None = None) -> None:
+    """Take adapters off the layers below a given one.
+
+    What is left there after `adapter_from` are the adapters of a mixture's experts, which are parameters
+    rather than modules and so cannot be excluded.
+    """
+    for lower in list(decoder_layers(model, layer_path))[:layer]:
+        modules = dict(lower.named_modules())
+        for path, module in modules.items():
+            parent, _, name = path.rpartition(".")
+            if isinstance(module, BaseTunerLayer) and not isinstance(modules[parent], BaseTunerLayer):
+                setattr(modules[parent], name, module.get_base_layer())

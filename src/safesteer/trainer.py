@@ -37,7 +37,7 @@ from safesteer.teacher import (
     evaluation_flags,
 )
 from safesteer.teacher_ema import EmaTeacher, load_teacher, save_teacher
-from safesteer.trainable_layers import adapter_from, freeze_below
+from safesteer.trainable_layers import adapter_from, freeze_below, remove_adapters_below
 from safesteer.trainer_callbacks import (
     FiniteGradients,
     ProbeCallback,
@@ -138,6 +138,8 @@ class SafeSteerTrainer(DistillationTrainer):  # type: ignore[misc, unused-ignore
             peft_config=peft_config,
             callbacks=[FiniteGradients(), *callbacks],
         )
+        if steering is not None and args.train_layers == "from_steered" and peft_config is not None:
+            remove_adapters_below(self.model, steering.layer, layer_path)
         self.set_token_ids(safety_tokens.ids if isinstance(safety_tokens, SafetyTokens) else safety_tokens)
         self.teacher = self._make_teacher(steering, harmful)
         self._lower_layers = LowerLayers(self._shared_layers(), layer_path)

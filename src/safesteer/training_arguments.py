@@ -98,6 +98,10 @@ def training_arguments(settings: Settings) -> SafeSteerConfig:
         # None is off too, but without transformers' warning of the name it is about to change.
         "gradient_checkpointing": distillation.gradient_checkpointing or None,
     }
+    if not distillation.use_vllm:
+        # A model that training has broken then answers at random instead of failing inside the sampler, and
+        # the trainer stops at its loss, which it can tell from other failures.
+        values["generation_kwargs"] = {"remove_invalid_values": True}
     known = {field.name for field in dataclasses.fields(SafeSteerConfig) if field.init}
     for name in distillation.trainer_args:
         if name not in known:

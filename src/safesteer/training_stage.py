@@ -19,7 +19,7 @@ from safesteer.direction import RefusalDirection, find_refusal_direction
 from safesteer.model_card import model_card
 from safesteer.prompts import PromptSet
 from safesteer.safety_tokens import SafetyTokens, find_safety_tokens
-from safesteer.stages import is_current, outcome
+from safesteer.stages import contrast_prompts, is_current, outcome
 from safesteer.steering import Steering
 from safesteer.trainer import SafeSteerTrainer
 from safesteer.trainer_callbacks import ProbeSets, Refresh
@@ -109,9 +109,10 @@ def _train(
     with work.main_process_first():
         checkpoint = _checkpoint_to_continue(work, checkpoints, wanted)
     settings = work.settings.distillation
-    model: nn.Module = work.model
     if not settings.lora:
-        model.to(getattr(torch, settings.master_dtype))
+        model: nn.Module = work.model
+        # A model that an adapter was merged into comes frozen.
+        model.to(getattr(torch, settings.master_dtype)).requires_grad_(True)
     with work.console.stage("distillation") as progress:
         progress("preparing", 0, 0)
         trainer = SafeSteerTrainer(
@@ -160,7 +161,7 @@ def _refresh(work: Workspace) -> Refresh:
         tokens = find_safety_tokens(
             model,
             work.chat,
-            direction.validation_harmless,
+            contrast_prompts(work, direction),
             direction.steering,
             settings.safety_tokens,
             layer_path=path,

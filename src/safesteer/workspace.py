@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from safesteer.chat import Chat
 from safesteer.console import RunConsole
 from safesteer.errors import SafeSteerError
-from safesteer.loading import _adapter_config, load_model, load_tokenizer
+from safesteer.loading import adapter_config, load_model, load_tokenizer
 from safesteer.modeling import model_fingerprint
 from safesteer.prompts import PromptSet, load_prompts
 from safesteer.settings import Settings
@@ -77,7 +77,7 @@ class Workspace:
         """The base model; an adapter that it came with is merged into its weights, as a part of the base."""
         settings = self.settings.model
         with self.console.working("loading the model"):
-            model = load_model(
+            loaded: Any = load_model(
                 settings.name,
                 revision=settings.revision,
                 dtype=settings.dtype,
@@ -85,8 +85,7 @@ class Workspace:
                 trust_remote_code=settings.trust_remote_code,
                 attn_implementation=settings.attn_implementation,
             )
-        # An adapter's model is typed as what it wraps.
-        return model.merge_and_unload() if isinstance(cast(Any, model), PeftModel) else model
+        return cast(PreTrainedModel, loaded.merge_and_unload() if isinstance(loaded, PeftModel) else loaded)
 
     def require_trainable(self) -> None:
         """Check that what the training would save can be loaded again.
@@ -95,7 +94,7 @@ class Workspace:
             SafeSteerError: If the model is an adapter and another adapter is to be trained on it.
         """
         model = self.settings.model
-        if self.settings.distillation.lora and _adapter_config(model.name, model.revision) is not None:
+        if self.settings.distillation.lora and adapter_config(model.name, model.revision) is not None:
             raise SafeSteerError(
                 f"{model.name}: is an adapter, and a second one trained on it could not be loaded alone; "
                 "merge it into its base model (merge_and_unload) and name the result, or train all weights "
