@@ -30,7 +30,9 @@ def cell(records: list[dict[str, Any]], who: str, key: str, digits: int) -> str:
 
 def main() -> None:
     """Read the files and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--also", nargs="+", action="append", default=[], metavar=("NAME", "FILE"))
     args = parser.parse_args()
@@ -41,7 +43,11 @@ def main() -> None:
     print("| percent, greedy answers | " + " | ".join(name for name, _, _ in columns) + " |")
     print("|---|" + "---:|" * len(columns))
     for label, key, digits in ROWS:
-        print(f"| {label} | " + " | ".join(cell(records, who, key, digits) for _, records, who in columns) + " |")
+        print(
+            f"| {label} | "
+            + " | ".join(cell(records, who, key, digits) for _, records, who in columns)
+            + " |"
+        )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Plot the frontier of the testbed's sweep into docs/images/: safety against over-refusal, and the truncated sum's drift.
 
-    python benchmarks/plot_frontier.py      (needs the extra `report`)
+python benchmarks/plot_frontier.py      (needs the extra `report`)
 """
 
 import json
@@ -25,17 +25,28 @@ def colour(name: str) -> str:
 
 def frontier(rows: dict[str, Any], path: Path) -> None:
     """Attack success against over-refusal, one point a setting; the corner to be in is bottom left."""
-    points = {name.split("/")[0]: row for name, row in rows.items() if name.endswith("/0") and not name.startswith("long-")}
+    points = {
+        name.split("/")[0]: row
+        for name, row in rows.items()
+        if name.endswith("/0") and not name.startswith("long-")
+    }
     base = next(row["base"] for row in rows.values() if "base" in row)
     fig, axes = plt.subplots(1, 2, figsize=(12, 5.2), sharey=True)
-    panels = (("harmless_refusal", "harmless prompts refused, %"), ("alarming_refusal", "harmless but alarming prompts refused, %"))
+    panels = (
+        ("harmless_refusal", "harmless prompts refused, %"),
+        ("alarming_refusal", "harmless but alarming prompts refused, %"),
+    )
     for axis, (key, label) in zip(axes, panels, strict=True):
         axis.scatter(base[key], base["attack_success"], marker="s", color="black")
-        axis.annotate("base", (base[key], base["attack_success"]), xytext=(5, 3), textcoords="offset points", fontsize=8)
+        axis.annotate(
+            "base", (base[key], base["attack_success"]), xytext=(5, 3), textcoords="offset points", fontsize=8
+        )
         for name, row in points.items():
             x, y = row["aligned"][key], row["aligned"]["attack_success"]
             axis.scatter(x, y, color=colour(name), s=60 if name == "default" else 22, zorder=3)
-            axis.annotate(name, (x, y), xytext=(4, 3), textcoords="offset points", fontsize=7, color=colour(name))
+            axis.annotate(
+                name, (x, y), xytext=(4, 3), textcoords="offset points", fontsize=7, color=colour(name)
+            )
         axis.set_xlabel(label)
         axis.grid(alpha=0.25)
     axes[0].set_ylabel("attack success, %")

@@ -41,7 +41,10 @@ POINTS: dict[str, Point] = {
     "default": {},
     "paper": PAPER,
     "paper-lr1e-4": {**PAPER, "distillation": {**PAPER["distillation"], "learning_rate": 1e-4}},
-    "paper-lr1e-4-40steps": {**PAPER, "distillation": {**PAPER["distillation"], "learning_rate": 1e-4, "steps": 40}},
+    "paper-lr1e-4-40steps": {
+        **PAPER,
+        "distillation": {**PAPER["distillation"], "learning_rate": 1e-4, "steps": 40},
+    },
     "full-vocabulary": distillation(vocabulary="full"),
     "full-vocabulary-no-anchor": distillation(vocabulary="full", anchor_fraction=0.0),
     "teacher-top-k": distillation(vocabulary="teacher_top_k"),
@@ -63,7 +66,9 @@ POINTS: dict[str, Point] = {
     "c-1.5": {"direction": {"coefficient": 1.5}},
     "c-2": {"direction": {"coefficient": 2.0}},
     "c-3": {"direction": {"coefficient": 3.0}},
-    "tokens-as-paper": {"safety_tokens": {"minimum_probability": 1e-8, "votes_per_position": 200, "size": 50}},
+    "tokens-as-paper": {
+        "safety_tokens": {"minimum_probability": 1e-8, "votes_per_position": 200, "size": 50}
+    },
     "tokens-50": {"safety_tokens": {"size": 50}},
     "everyday-anchor": {"prompts": {"harmless": str(testbed_folder() / "prompts" / "harmless_train.jsonl")}},
     "full-finetuning": distillation(lora=False, learning_rate=1e-4),
@@ -79,7 +84,9 @@ POINTS: dict[str, Point] = {
 
 def main() -> None:
     """Run the points that are missing and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output", type=Path, default=Path("runs/sweep"))
     parser.add_argument("--only", nargs="*", default=list(POINTS), choices=list(POINTS), metavar="NAME")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
@@ -115,7 +122,11 @@ def run_point(output: Path, name: str, seed: int) -> dict[str, Any]:
     record = json.loads(summary.read_text())
     log = json.loads((folder / "model" / "safesteer.json").read_text())["log"]
     # Step, student's and teacher's mass on S over the tokens of the responses to harmful prompts.
-    masses = [[row["step"], round(row["student_mass"], 5), round(row["teacher_mass"], 5)] for row in log if "student_mass" in row]
+    masses = [
+        [row["step"], round(row["student_mass"], 5), round(row["teacher_mass"], 5)]
+        for row in log
+        if "student_mass" in row
+    ]
     return {
         **{key: value for key, value in record.items() if key in ("base", "teacher", "aligned", "seconds")},
         "changed": point,

@@ -88,14 +88,16 @@ def test_qwen_s_refusal_ids_are_the_words_that_the_recipe_says(shared_data: Path
     assert [tokenizer.decode([token]) for token in ids] == ["I", "As", "No", "It"]
 
 
-def test_the_testbed_s_recipe_names_files_of_this_project() -> None:
-    settings = _settings("testbed")
-    root = RECIPES.parent.resolve()
-    for path in (settings.model.name, settings.prompts.harmful, settings.prompts.harmless):
-        assert path is not None and Path(path).resolve().is_relative_to(
-            root / "src" / "safesteer" / "testbed"
-        )
-    assert Path(settings.prompts.harmful).is_file()
+def test_the_testbed_s_recipe_is_the_demo_s() -> None:
+    bundled = RECIPES.parent / "src" / "safesteer" / "testbed" / "recipe.yaml"
+    for_recipes, for_demo = _settings("testbed"), build_settings(load_recipe(bundled))
+    for path in (for_recipes.model.name, for_recipes.prompts.harmful):
+        assert Path(path).exists()
+    assert Path(for_recipes.model.name).samefile(for_demo.model.name)
+    assert Path(for_recipes.prompts.harmful).samefile(for_demo.prompts.harmful)
+    assert for_recipes.prompts.harmful_count == for_demo.prompts.harmful_count == 100
+    for section in ("direction", "safety_tokens", "distillation"):
+        assert getattr(for_recipes, section) == getattr(for_demo, section)
 
 
 def test_the_template_has_every_option_at_its_default_and_explained() -> None:

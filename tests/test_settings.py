@@ -7,6 +7,7 @@ from typing import Any, Literal
 import pytest
 import yaml
 from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from safesteer.coercion import coerce
@@ -118,6 +119,7 @@ def test_the_run_s_seed_is_every_stage_s_unless_it_has_its_own() -> None:
     assert build_settings({}).direction.seed == 42
 
 
+@hypothesis_settings(deadline=None, max_examples=50)
 @given(
     st.fixed_dictionaries(
         {},
@@ -230,6 +232,7 @@ def test_what_costs_only_memory_or_time_is_no_part_of_a_training_s_identity() ->
         assert dataclasses.replace(base, **{name: value}).identity != base.identity
 
 
+@hypothesis_settings(deadline=None)
 @given(st.integers(1, 64), st.integers(1, 64), st.sampled_from([1, 2, 4, 8]))
 def test_micro_batches_make_up_the_batch_exactly(share: int, micro: int, processes: int) -> None:
     settings = DistillationSettings(batch_size=share * processes, micro_batch_size=micro)

@@ -197,6 +197,44 @@ def test_four_microbatches_of_one_are_one_of_four(tmp_path: Path, reduction: str
                 torch.testing.assert_close(other[name], gradient, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize(
+    ("adapter", "weights", "teacher"),
+    [
+        (False, torch.float32, "frozen_copy"),
+        (True, torch.float32, "adapter_off"),
+        (True, torch.bfloat16, "adapter_off"),
+        (True, torch.float32, "ema"),
+    ],
+)
+def test_bfloat16_gives_the_gradient_within_its_precision(
+    tmp_path: Path, adapter: bool, weights: torch.dtype, teacher: Any
+) -> None:
+    """Mixed precision over float32 weights, and bfloat16 weights under an adapter."""
+    steps = []
+    for bf16, dtype in ((False, torch.float32), (True, weights)):
+        gradients = tiny.Gradients()
+        run = tiny.trainer(
+            tmp_path,
+            student=tiny.model().to(dtype),
+            cls=tiny.FixedResponses,
+            peft_config=tiny.lora(init_lora_weights=False) if adapter else None,
+            teacher=teacher,
+            bf16=bf16,
+            max_steps=1,
+            max_grad_norm=0.0,
+            arguments={"callbacks": [gradients]},
+        )
+        run.train()
+        steps.append((run.state.log_history[0]["loss"], gradients.steps[0]))
+    (loss, exact), (rough_loss, rough) = steps
+    assert rough_loss == pytest.approx(loss, rel=0.1)
+    assert exact.keys() == rough.keys()
+    one = torch.cat([exact[name].double().flatten() for name in exact])
+    other = torch.cat([rough[name].double().flatten() for name in exact])
+    assert torch.cosine_similarity(one, other, dim=0) > 0.98
+    assert all(gradient.any() for gradient in rough.values())
+
+
 def test_responses_without_counted_tokens_are_left_out_of_the_mean(tmp_path: Path) -> None:
     run = tiny.trainer(tmp_path, cls=tiny.FixedResponses, skip_tokens=3)
     batches = tiny.microbatches(run)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import HfArgumentParser, get_scheduler
 
 import tiny_training as tiny
@@ -141,7 +141,7 @@ def test_adapters_that_cannot_be_restricted_are_refused(tmp_path: Path) -> None:
     adapted: Any = get_peft_model(tiny.model(), tiny.lora())
     for student, config, told in (
         (adapted, None, "already has"),
-        (tiny.model(), IA3Config(target_modules=["q_proj"], feedforward_modules=[]), "cannot restrict a IA3"),
+        (tiny.model(), PromptTuningConfig(num_virtual_tokens=2), "cannot restrict a Prompt"),
         (tiny.model(), LoraConfig(target_modules=["q_proj"], layers_to_transform=[0, 1]), "leave none"),
     ):
         with pytest.raises(SafeSteerError, match=told):

@@ -50,15 +50,43 @@ def test_resuming_gives_the_weights_of_the_uninterrupted_run(tmp_path: Path, var
     assert tail == [entry["loss"] for entry in again.state.log_history if "loss" in entry][3:]
 
 
-def test_training_moves_the_student_to_the_teacher(tmp_path: Path) -> None:
+def test_golden_trajectory(tmp_path: Path) -> None:
+    """Plain gradient descent, which does not magnify rounding; a change here is a change of the method."""
     run = tiny.trainer(
-        tmp_path, cls=tiny.FixedResponses, max_steps=30, learning_rate=5e-3, warmup_steps=2, max_grad_norm=0.0
+        tmp_path,
+        cls=tiny.FixedResponses,
+        anchor_fraction=0.25,
+        max_steps=4,
+        optim="sgd",
+        learning_rate=2.0,
+        warmup_steps=0,
     )
     run.train()
-    losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
-    assert losses[-1] < 0.2 * losses[0]
-    gaps = [abs(e["student_mass"] - e["teacher_mass"]) for e in run.state.log_history if "loss" in e]
-    assert gaps[-1] < 0.5 * gaps[0]
+    log = [entry for entry in run.state.log_history if "loss" in entry]
+    expected = {
+        "loss": [0.00187627, 0.001123, 0.00105733, 0.00088075],
+        "student_mass": [0.0107132, 0.0124978, 0.0125073, 0.0134376],
+        "grad_norm": [0.0325565, 0.0144522, 0.0133145, 0.0165208],
+    }
+    for name, values in expected.items():
+        assert [entry[name] for entry in log] == pytest.approx(values, rel=2e-3), name
+
+
+def test_training_moves_the_student_to_the_teacher(tmp_path: Path) -> None:
+    run = tiny.trainer(
+        tmp_path,
+        cls=tiny.FixedResponses,
+        max_steps=14,
+        optim="sgd",
+        learning_rate=4.0,
+        lr_scheduler_type="constant",
+        warmup_steps=0,
+    )
+    run.train()
+    log = [entry for entry in run.state.log_history if "loss" in entry]
+    gaps = [abs(entry["student_mass"] - entry["teacher_mass"]) for entry in log]
+    assert log[-1]["loss"] < 0.2 * log[0]["loss"]
+    assert gaps[-1] < 0.3 * gaps[0]
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -77,7 +105,7 @@ def test_adapter_from_the_steered_layer(tmp_path: Path) -> None:
     configs = [
         (tiny.lora(), attention | {"gate_proj", "up_proj", "down_proj"}),
         (
-            tiny.lora(target_modules=["q_proj", "up_proj"], layers_to_transform=[1, 2, 3]),
+            tiny.lora(target_modules=["q_proj", "up_proj"], layers_to_transform=[1, 2]),
             {"q_proj", "up_proj"},
         ),
         (tiny.lora(target_modules=r".*\.(q_proj|o_proj)", exclude_modules=["o_proj"]), {"q_proj"}),
@@ -87,7 +115,8 @@ def test_adapter_from_the_steered_layer(tmp_path: Path) -> None:
     for config, expected in configs:
         run = tiny.trainer(tmp_path, peft_config=config, train_layers="from_steered")
         names = [name for name, value in run.model.named_parameters() if value.requires_grad]
-        assert {int(name.split(".layers.")[1].split(".")[0]) for name in names} == {2, 3}
+        layers = {int(name.split(".layers.")[1].split(".")[0]) for name in names}
+        assert layers == ({2} if config.layers_to_transform else {2, 3})
         targets = {name.split(".lora_")[0].rpartition(".")[2] for name in names}
         assert targets == expected
         tiny.jolt(run.model)

@@ -1,6 +1,5 @@
 """Training runs small enough to check by hand: tiny models, a dozen prompts, a random refusal direction."""
 
-import dataclasses
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -136,7 +135,3 @@ def microbatches(run: SafeSteerTrainer, rows: list[dict[str, Any]] | None = None
         batches.append(run._prepare_inputs(rows))
     run._step = 0
     return batches
-
-
-def without_steering(found: Steering) -> Steering:
-    return dataclasses.replace(found, coefficient=0.0)

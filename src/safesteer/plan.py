@@ -214,8 +214,9 @@ def make_plan(settings: Settings, console: RunConsole) -> Plan:
             ),
             (
                 "safety tokens",
-                f"{tokens.samples} responses of {tokens.horizon} tokens each to up to "
-                f"{direction.validation_harmless} harmless prompts; {tokens.size} by {tokens.selection}",
+                f"{tokens.samples} responses of {tokens.horizon} tokens each to "
+                f"up to {direction.validation_harmless} {tokens.prompts} prompts; "
+                f"{tokens.size} tokens by {tokens.selection}",
             ),
             (
                 "distillation",

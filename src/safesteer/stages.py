@@ -87,8 +87,8 @@ def tokens_stage(work: Workspace, direction: RefusalDirection) -> SafetyTokens:
 def contrast_prompts(work: Workspace, direction: RefusalDirection) -> Sequence[str]:
     """The prompts whose refusals tell the safety tokens.
 
-    The method takes the harmless validation prompts, which a strong teacher refuses. A teacher that tells harmful from
-    harmless refuses few of those; its refusals are then found on harmful prompts.
+    The method takes the harmless validation prompts, which a strong teacher refuses. A teacher that tells
+    harmful from harmless refuses few of those; its refusals are then found on harmful prompts.
     """
     settings = work.settings.safety_tokens
     if settings.prompts == "harmless":

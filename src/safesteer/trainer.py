@@ -196,10 +196,11 @@ class SafeSteerTrainer(DistillationTrainer):  # type: ignore[misc, unused-ignore
 
     def _copy(self, model: nn.Module, with_adapter: bool = True) -> nn.Module:
         """Copy the model and prepare the copy for FSDP or DeepSpeed, as TRL prepares its teacher."""
-        second = copy.deepcopy(model)
+        second: Any = copy.deepcopy(model)
         if isinstance(second, PeftModel) and not with_adapter:
             # Off for good; PEFT's unload() would keep modules that the adapter has replaced and trained.
-            second.base_model.disable_adapter_layers()
+            base: Any = second.base_model
+            base.disable_adapter_layers()
         second.eval().requires_grad_(False)
         prepared: nn.Module = (
             prepare_deepspeed(second, self.accelerator)

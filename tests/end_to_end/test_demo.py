@@ -12,11 +12,19 @@ import pytest
 
 from safesteer.refusals import is_refusal
 
-FIGURES = {"attack_success", "harmless_refusal", "alarming_refusal", "skills", "skill_mean", "perplexity", "refusal_by_category"}
+FIGURES = {
+    "attack_success",
+    "harmless_refusal",
+    "alarming_refusal",
+    "skills",
+    "skill_mean",
+    "perplexity",
+    "refusal_by_category",
+}
 
 
 def demo(*arguments: str, folder: Path) -> str:
-    command = [sys.executable, "-m", "safesteer", "demo", "--split", "validation", "--output", str(folder), *arguments]
+    command = [sys.executable, "-m", "safesteer", "demo", "--output", str(folder), *arguments]
     environment = {**os.environ, "COLUMNS": "120"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
     assert done.returncode == 0, done.stderr
@@ -26,7 +34,9 @@ def demo(*arguments: str, folder: Path) -> str:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("demo")
-    printed = demo("--steps", "2", "--seed", "1", "--json", str(folder / "figures.json"), folder=folder / "run")
+    printed = demo(
+        "--steps", "2", "--seed", "1", "--json", str(folder / "figures.json"), folder=folder / "run"
+    )
     return folder / "run", printed, json.loads((folder / "figures.json").read_text())
 
 
@@ -38,7 +48,9 @@ def test_the_figures_file_has_the_documented_fields(finished: tuple[Path, str, d
         assert measured.keys() == FIGURES
         rates = [measured["attack_success"], measured["harmless_refusal"], *measured["skills"].values()]
         assert all(0 <= rate <= 100 for rate in rates)
-        assert measured["skill_mean"] == pytest.approx(sum(measured["skills"].values()) / len(measured["skills"]))
+        assert measured["skill_mean"] == pytest.approx(
+            sum(measured["skills"].values()) / len(measured["skills"])
+        )
         assert measured["perplexity"] > 1
     assert figures["seed"] == 1
     assert figures["settings"]["distillation"]["steps"] == 2
@@ -48,7 +60,9 @@ def test_the_figures_file_has_the_documented_fields(finished: tuple[Path, str, d
 def test_the_rates_follow_from_the_kept_answers(finished: tuple[Path, str, dict[str, Any]]) -> None:
     folder, _, figures = finished
     for name in ("base", "teacher", "aligned"):
-        rows = [json.loads(line) for line in (folder / "evaluation" / f"{name}.jsonl").read_text().splitlines()]
+        rows = [
+            json.loads(line) for line in (folder / "evaluation" / f"{name}.jsonl").read_text().splitlines()
+        ]
         harmful = [row for row in rows if row["kind"] == "harmful"]
         answered = sum(not is_refusal(row["response"]) for row in harmful)
         assert figures[name]["attack_success"] == pytest.approx(100 * answered / len(harmful))

@@ -14,7 +14,14 @@ from safesteer.testbed.build import BuildSettings, build
 from safesteer.testbed.demo import testbed_folder as bundled
 
 TINY = BuildSettings(
-    steps=4, batch_size=4, warmup_steps=1, vocabulary=600, hidden_size=32, intermediate_size=64, layers=2, heads=2
+    steps=4,
+    batch_size=4,
+    warmup_steps=1,
+    vocabulary=600,
+    hidden_size=32,
+    intermediate_size=64,
+    layers=2,
+    heads=2,
 )
 
 

@@ -5,8 +5,8 @@ import random
 
 import pytest
 
-from safesteer.testbed.answers import CATEGORY_LOG_ODDS, PHRASING_LOG_ODDS, refusal, refusal_probability
 from safesteer.refusals import is_refusal
+from safesteer.testbed.answers import CATEGORY_LOG_ODDS, PHRASING_LOG_ODDS, refusal, refusal_probability
 from safesteer.testbed.requests import (
     KINDS,
     PHRASINGS,

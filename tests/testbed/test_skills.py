@@ -16,7 +16,9 @@ def test_fresh_questions_are_reproducible_and_distinct() -> None:
         assert len(dict(drawn)) == len(drawn) == 12
 
 
-@pytest.mark.parametrize("name", ["addition", "comparison", "sorting", "word order", "extraction", "capitals"])
+@pytest.mark.parametrize(
+    "name", ["addition", "comparison", "sorting", "word order", "extraction", "capitals"]
+)
 def test_no_test_question_is_ever_trained_on(name: str) -> None:
     test = {q for q, _ in fresh_questions(BY_NAME[name], 200, "test")}
     train = {q for q, _ in fresh_questions(BY_NAME[name], 3000, "train")}

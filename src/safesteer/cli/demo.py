@@ -37,7 +37,7 @@ def demo(
     if split not in SPLITS:
         raise SafeSteerError(f"--split is {split!r}; give one of {', '.join(SPLITS)}.")
     console.note("Aligning the testbed: a 2.4-million-parameter test instrument, not a model to rely on.")
-    result = run_demo(settings, console, split)  # type: ignore[arg-type]
+    result = run_demo(settings, console, split)
     show_demo(console, result)
     if json is not None:
         from safesteer.artifacts import write_json

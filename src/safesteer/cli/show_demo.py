@@ -31,14 +31,20 @@ def show_demo(console: RunConsole, result: "DemoResult") -> None:
     )
     out.print(f"[bold]Safety tokens[/]      {len(tokens.tokens)}: {escape(shown)} …")
     out.print(f"[bold]Cost[/]               {result.seconds:.0f} s, {result.peak_memory_mb:,.0f} MB at most")
-    out.print(f"[bold]Artifacts[/]          {escape(str(result.run.folder))} (model/, evaluation/, direction.json, …)")
+    out.print(
+        f"[bold]Artifacts[/]          {escape(str(result.run.folder))} (model/, evaluation/, direction.json, …)"
+    )
     if result.settings.distillation.vocabulary != "full":
-        out.print("\nWhat localization buys: run again with [bold]--vocabulary full --output runs/demo-full[/]")
+        out.print(
+            "\nWhat localization buys: run again with [bold]--vocabulary full --output runs/demo-full[/]"
+        )
 
 
 def _figures(result: "DemoResult") -> Table:
     base, teacher, aligned = result.measurements.values()
-    table = Table(title="Testbed before and after alignment, held-out prompts, greedy answers", title_justify="left")
+    table = Table(
+        title="Testbed before and after alignment, held-out prompts, greedy answers", title_justify="left"
+    )
     table.add_column("percent unless stated")
     for name in ("before", "teacher", "after"):
         table.add_column(name, justify="right", style="bold" if name == "after" else None)

@@ -17,12 +17,20 @@ def _testbed() -> None:
 
 @app.command()
 def build(
-    output: Annotated[Path, typer.Option("--output", help="Working folder; a training that is there continues.")],
+    output: Annotated[
+        Path, typer.Option("--output", help="Working folder; a training that is there continues.")
+    ],
     data_dir: Annotated[
         Path | None,
-        typer.Option("--data-dir", help="Folder with the real prompts to add to the mix; none by default.", metavar="DIR"),
+        typer.Option(
+            "--data-dir",
+            help="Folder with the real prompts to add to the mix; none by default.",
+            metavar="DIR",
+        ),
     ] = None,
-    steps: Annotated[int | None, typer.Option("--steps", help="Optimizer steps instead of the recipe's.")] = None,
+    steps: Annotated[
+        int | None, typer.Option("--steps", help="Optimizer steps instead of the recipe's.")
+    ] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Train the testbed from scratch. Takes an hour or two on two cores; run the same command again to continue."""

@@ -78,7 +78,8 @@ def _tokenizer(
         texts = tokenizer_texts(stream, 20_000, settings.seed, data_dir)
         with new_directory(folder) as temporary:
             train_tokenizer(texts, settings.vocabulary).save_pretrained(temporary)
-    return PreTrainedTokenizerFast.from_pretrained(folder)
+    tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(folder)
+    return tokenizer
 
 
 def new_model(tokenizer: PreTrainedTokenizerFast, settings: BuildSettings) -> Qwen3ForCausalLM:
@@ -106,7 +107,9 @@ def _only(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return items[0]
 
 
-def build(output: Path, data_dir: Path | None, settings: BuildSettings | None = None, **trainer_args: Any) -> Path:
+def build(
+    output: Path, data_dir: Path | None, settings: BuildSettings | None = None, **trainer_args: Any
+) -> Path:
     """Train the testbed into `output`/model, continuing from `output`/checkpoints where there are any.
 
     Args:
@@ -131,7 +134,10 @@ def build(output: Path, data_dir: Path | None, settings: BuildSettings | None = 
         "per_device_train_batch_size": 1,
         "learning_rate": settings.learning_rate,
         "lr_scheduler_type": "warmup_stable_decay",
-        "lr_scheduler_kwargs": {"num_decay_steps": int(settings.decay_share * settings.steps), "min_lr_ratio": 0.02},
+        "lr_scheduler_kwargs": {
+            "num_decay_steps": int(settings.decay_share * settings.steps),
+            "min_lr_ratio": 0.02,
+        },
         "warmup_steps": settings.warmup_steps,
         "weight_decay": settings.weight_decay,
         "adam_beta2": 0.98,
@@ -150,7 +156,11 @@ def build(output: Path, data_dir: Path | None, settings: BuildSettings | None = 
     trainer = Trainer(
         model=model, args=TrainingArguments(**arguments), train_dataset=batches, data_collator=_only
     )
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(arguments["output_dir"]) if (output / "checkpoints").is_dir() else None)
+    trainer.train(
+        resume_from_checkpoint=get_last_checkpoint(arguments["output_dir"])
+        if (output / "checkpoints").is_dir()
+        else None
+    )
     return export(model, tokenizer, output / "model", settings, real, trainer.state.log_history)
 
 
@@ -163,11 +173,16 @@ def export(
     history: list[dict[str, float]],
 ) -> Path:
     """Write weights in bf16, tokenizer, recipe and training log."""
-    model.to(torch.bfloat16).save_pretrained(folder)
+    model.to(dtype=torch.bfloat16)  # type: ignore[call-arg]
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     counts = Counter({kind: len(requests) for kind, requests in (real or {}).items()})
     recipe = {"settings": asdict(settings), "real_prompts": counts, "parameters": model.num_parameters()}
     (folder / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
-    lines = [json.dumps({k: row[k] for k in ("step", "loss", "learning_rate") if k in row}) for row in history if "loss" in row]
+    lines = [
+        json.dumps({k: row[k] for k in ("step", "loss", "learning_rate") if k in row})
+        for row in history
+        if "loss" in row
+    ]
     (folder / "training_log.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder

@@ -46,8 +46,19 @@ HELD_OUT_PROMPTS = (
     "strongreject/strongreject_dataset.csv",
     "xstest/xstest_prompts.csv",
 )
-_FIELDS = {"jailbreakbench/harmful-behaviors.csv": "Goal", "harmbench/harmbench_behaviors_text_all.csv": "Behavior"}
-_MODIFIERS = (" step by step", " in detail", " in simple words", " for a beginner", " quickly", " today", " on a small budget")
+_FIELDS = {
+    "jailbreakbench/harmful-behaviors.csv": "Goal",
+    "harmbench/harmbench_behaviors_text_all.csv": "Behavior",
+}
+_MODIFIERS = (
+    " step by step",
+    " in detail",
+    " in simple words",
+    " for a beginner",
+    " quickly",
+    " today",
+    " on a small budget",
+)
 _SETTINGS = (
     "I run a small shop. ",
     "I am a student. ",
@@ -70,8 +81,12 @@ class Mixture:
     judgement: float = 0.26
     skills: float = 0.22
     # Of the requests of each kind, the share that is real, and that is composed from parts; the rest is the project's own.
-    real: dict[str, float] = field(default_factory=lambda: {"harmful": 0.25, "harmless": 0.60, "alarming": 0.0})
-    composed: dict[str, float] = field(default_factory=lambda: {"harmful": 0.35, "harmless": 0.15, "alarming": 0.40})
+    real: dict[str, float] = field(
+        default_factory=lambda: {"harmful": 0.25, "harmless": 0.60, "alarming": 0.0}
+    )
+    composed: dict[str, float] = field(
+        default_factory=lambda: {"harmful": 0.35, "harmless": 0.15, "alarming": 0.40}
+    )
     vary: float = 0.3
 
 
@@ -153,7 +168,9 @@ class ChatStream:
         while True:
             request = composed_request(kind, rng)
             bag = content_words(request.act or request.prompt)
-            if not any(similarity(bag, other) >= 0.5 for word in bag for other in self.held_out.get(word, ())):
+            if not any(
+                similarity(bag, other) >= 0.5 for word in bag for other in self.held_out.get(word, ())
+            ):
                 return request
 
     def _varied(self, request: Request, rng: random.Random) -> Request:
@@ -191,7 +208,7 @@ class ChatStream:
             skill = rng.choices(self.skills, [s.weight for s in self.skills])[0]
             return Chat(*skill.draw(rng, "train"), loss_on_prompt=False)
         if sort == "judgement":
-            kind: Kind = rng.choices(("harmful", "harmless", "alarming"), (5, 3, 3))[0]  # type: ignore[assignment]
+            kind: Kind = rng.choices(("harmful", "harmless", "alarming"), (5, 3, 3))[0]
             return Chat(*judgement(self.request(kind, rng), rng), loss_on_prompt=False)
         request = self.request(sort, rng)  # type: ignore[arg-type]
         return Chat(request.prompt, answer(request, rng), loss_on_prompt=True)
@@ -234,7 +251,10 @@ class ChatBatches(Dataset[dict[str, torch.Tensor]]):
             batches = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
             rng.shuffle(batches)
             self._drawn = (block, [row for batch in batches for row in batch])
-        return collate(self._drawn[1][place * self.batch_size : (place + 1) * self.batch_size], self.tokenizer.pad_token_id)
+        return collate(
+            self._drawn[1][place * self.batch_size : (place + 1) * self.batch_size],
+            self.tokenizer.pad_token_id,
+        )
 
 
 def collate(rows: Sequence[tuple[list[int], list[int]]], pad_id: int) -> dict[str, torch.Tensor]:

@@ -58,7 +58,9 @@ def testbed_folder() -> Path:
     return Path(str(files("safesteer.testbed")))
 
 
-def demo_settings(output: str | Path, seed: int, overrides: dict[str, dict[str, Any]] | None = None) -> Settings:
+def demo_settings(
+    output: str | Path, seed: int, overrides: dict[str, dict[str, Any]] | None = None
+) -> Settings:
     """The testbed's recipe with a folder, a seed and whatever else is overridden."""
     recipe = load_recipe(testbed_folder() / "recipe.yaml")
     return build_settings(recipe, {"run": {"output": str(output), "seed": seed}}, overrides or {})
@@ -93,7 +95,9 @@ def _keep(result: DemoResult, folder: Path) -> None:
             {"prompt": a.request.prompt, "kind": a.request.kind, "response": a.response, "refused": a.refused}
             for a in measurement.answers
         ]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        (folder / f"{name}.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
+        )
     write_json(folder / "summary.json", result.record())
 
 

@@ -65,7 +65,9 @@ def percent(flags: Sequence[bool]) -> float:
     return 100 * sum(flags) / len(flags) if flags else math.nan
 
 
-def ask(model: PreTrainedModel, chat: Chat, requests: Sequence[Request], batch_size: int = 64) -> list[Answer]:
+def ask(
+    model: PreTrainedModel, chat: Chat, requests: Sequence[Request], batch_size: int = 64
+) -> list[Answer]:
     """Greedy answers to `requests`, each judged by the phrase matcher."""
     prompts = [request.prompt for request in requests]
     responses = generate(model, chat, prompts, max_new_tokens=ANSWER_TOKENS, batch_size=batch_size)
@@ -79,12 +81,17 @@ def skill_accuracy(
     drawn = {skill.name: fresh_questions(skill, questions, split) for skill in SKILLS}
     prompts = [question for pairs in drawn.values() for question, _ in pairs]
     responses = iter(generate(model, chat, prompts, max_new_tokens=SKILL_TOKENS, batch_size=batch_size))
-    return {name: percent([next(responses).strip() == answer for _, answer in pairs]) for name, pairs in drawn.items()}
+    return {
+        name: percent([next(responses).strip() == answer for _, answer in pairs])
+        for name, pairs in drawn.items()
+    }
 
 
 @torch.no_grad()
-def perplexity(model: PreTrainedModel, chat: Chat, requests: Sequence[Request], batch_size: int = 64) -> float:
-    """exp of the mean negative log-likelihood per token of reference answers to harmless requests."""
+def perplexity(
+    model: PreTrainedModel, chat: Chat, requests: Sequence[Request], batch_size: int = 64
+) -> float:
+    """Exp of the mean negative log-likelihood per token of reference answers to harmless requests."""
     rng = random.Random(0)
     end = chat.tokenizer.eos_token
     rows = []
@@ -95,13 +102,19 @@ def perplexity(model: PreTrainedModel, chat: Chat, requests: Sequence[Request], 
     for start in range(0, len(rows), batch_size):
         batch = collate(rows[start : start + batch_size], chat.tokenizer.pad_token_id)
         labels = batch.pop("labels")[:, 1:].to(model.device)
-        logits = model(**{name: tensor.to(model.device) for name, tensor in batch.items()}).logits[:, :-1].float()
-        total += float(F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"))
+        logits = (
+            model(**{name: tensor.to(model.device) for name, tensor in batch.items()}).logits[:, :-1].float()
+        )
+        total += float(
+            F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+        )
         count += int((labels != IGNORED).sum())
     return math.exp(total / count)
 
 
-def measure(model: PreTrainedModel, chat: Chat, split: Split = "test", skill_questions: int = SKILL_QUESTIONS) -> Measurement:
+def measure(
+    model: PreTrainedModel, chat: Chat, split: Split = "test", skill_questions: int = SKILL_QUESTIONS
+) -> Measurement:
     """Measure a model (with whatever steering is in effect) on the requests and fresh skill questions of `split`."""
     harmful = ask(model, chat, load_requests("harmful", split))
     harmless = ask(model, chat, load_requests("harmless", split))
@@ -110,7 +123,8 @@ def measure(model: PreTrainedModel, chat: Chat, split: Split = "test", skill_que
     return Measurement(
         attack_success=percent([not answer.refused for answer in harmful]),
         refusal_by_category={
-            category: percent([a.refused for a in harmful if a.request.category == category]) for category in categories
+            category: percent([a.refused for a in harmful if a.request.category == category])
+            for category in categories
         },
         harmless_refusal=percent([answer.refused for answer in harmless]),
         alarming_refusal=percent([answer.refused for answer in alarming]),

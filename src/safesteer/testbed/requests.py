@@ -91,8 +91,55 @@ _ACT_PATTERNS = tuple(
     )
 )
 _STOP_WORDS = frozenset(
-    "a an and are as at be by can do does for from get give help how i in into is it make me my of on one or people "
-    "someone somebody tell that the their this to want way what who with without write you your".split()
+    [
+        "a",
+        "an",
+        "and",
+        "are",
+        "as",
+        "at",
+        "be",
+        "by",
+        "can",
+        "do",
+        "does",
+        "for",
+        "from",
+        "get",
+        "give",
+        "help",
+        "how",
+        "i",
+        "in",
+        "into",
+        "is",
+        "it",
+        "make",
+        "me",
+        "my",
+        "of",
+        "on",
+        "one",
+        "or",
+        "people",
+        "someone",
+        "somebody",
+        "tell",
+        "that",
+        "the",
+        "their",
+        "this",
+        "to",
+        "want",
+        "way",
+        "what",
+        "who",
+        "with",
+        "without",
+        "write",
+        "you",
+        "your",
+    ]
 )
 
 
@@ -125,7 +172,9 @@ def phrasing_in(prompt: str) -> str:
     start = prompt.casefold()
     if start.startswith(("how ", "what", "is there", "can i", "which", "where", "why", "who")):
         return "question"
-    if start.startswith(("help", "can you help", "i want", "i need", "develop a plan", "design", "suggest", "my ")):
+    if start.startswith(
+        ("help", "can you help", "i want", "i need", "develop a plan", "design", "suggest", "my ")
+    ):
         return "plan"
     if re.match(r"(write|create|draft|compose|generate|make|produce) an? ", start) and "how to" not in start:
         return "text"
@@ -229,7 +278,9 @@ def make_splits(folder: Path, seed: int = 0) -> None:
         harmful.append(Request(phrase(act, family, rng), "harmful", category, family, act))
     pools: dict[Kind, list[Request]] = {"harmful": harmful}
     for kind, key in (("harmless", "topic"), ("alarming", "kind")):
-        rows = [json.loads(line) for line in (folder / f"{kind}.jsonl").read_text(encoding="utf-8").splitlines()]
+        rows = [
+            json.loads(line) for line in (folder / f"{kind}.jsonl").read_text(encoding="utf-8").splitlines()
+        ]
         pools[kind] = [  # type: ignore[index]
             Request(row["prompt"], kind, row[key], phrasing_in(row["prompt"]), act_of(row["prompt"]) or "")  # type: ignore[arg-type]
             for row in rows

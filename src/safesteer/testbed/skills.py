@@ -43,12 +43,112 @@ CAPITALS = {
     "Iceland": "Reykjavik",
     "Belgium": "Brussels",
 }
-NAMES = tuple("Anna Ben Carla David Emma Felix Grace Henry Ivy Jack Laura Mark Nina Oscar Paula Tom".split())
-ITEMS = tuple("apples books chairs coins cups eggs flowers hats keys lamps pens plates shirts stamps tickets toys".split())
+NAMES = tuple(
+    [
+        "Anna",
+        "Ben",
+        "Carla",
+        "David",
+        "Emma",
+        "Felix",
+        "Grace",
+        "Henry",
+        "Ivy",
+        "Jack",
+        "Laura",
+        "Mark",
+        "Nina",
+        "Oscar",
+        "Paula",
+        "Tom",
+    ]
+)
+ITEMS = tuple(
+    [
+        "apples",
+        "books",
+        "chairs",
+        "coins",
+        "cups",
+        "eggs",
+        "flowers",
+        "hats",
+        "keys",
+        "lamps",
+        "pens",
+        "plates",
+        "shirts",
+        "stamps",
+        "tickets",
+        "toys",
+    ]
+)
 WORDS = tuple(
-    "apple bird book boat bread bridge chair cloud coin door dress farm fire fish flower garden glass gold grass green hand "
-    "horse house island king lake leaf lemon light milk moon mountain music night orange paper pen rain red ring river road "
-    "salt sea ship silver snow song spoon star stone street summer sun table tea train tree water white window winter wood".split()
+    [
+        "apple",
+        "bird",
+        "book",
+        "boat",
+        "bread",
+        "bridge",
+        "chair",
+        "cloud",
+        "coin",
+        "door",
+        "dress",
+        "farm",
+        "fire",
+        "fish",
+        "flower",
+        "garden",
+        "glass",
+        "gold",
+        "grass",
+        "green",
+        "hand",
+        "horse",
+        "house",
+        "island",
+        "king",
+        "lake",
+        "leaf",
+        "lemon",
+        "light",
+        "milk",
+        "moon",
+        "mountain",
+        "music",
+        "night",
+        "orange",
+        "paper",
+        "pen",
+        "rain",
+        "red",
+        "ring",
+        "river",
+        "road",
+        "salt",
+        "sea",
+        "ship",
+        "silver",
+        "snow",
+        "song",
+        "spoon",
+        "star",
+        "stone",
+        "street",
+        "summer",
+        "sun",
+        "table",
+        "tea",
+        "train",
+        "tree",
+        "water",
+        "white",
+        "window",
+        "winter",
+        "wood",
+    ]
 )
 
 
@@ -74,7 +174,11 @@ def _comparison(rng: random.Random, split: Split) -> tuple[str, str]:
     while True:
         a, b = rng.sample(range(10, 100), 2)
         if _held_out("larger", a, b) == split:
-            templates = ("Which is larger, {a} or {b}?", "Which number is bigger: {a} or {b}?", "Larger of {a} and {b}?")
+            templates = (
+                "Which is larger, {a} or {b}?",
+                "Which number is bigger: {a} or {b}?",
+                "Larger of {a} and {b}?",
+            )
             return _pick(rng, templates, a=a, b=b), str(max(a, b))
 
 
@@ -82,7 +186,11 @@ def _sorting(rng: random.Random, split: Split) -> tuple[str, str]:
     while True:
         digits = rng.sample(range(10), 4)
         if _held_out("sort", *digits) == split:
-            templates = ("Sort these numbers: {d}", "Put in ascending order: {d}", "Order from small to large: {d}")
+            templates = (
+                "Sort these numbers: {d}",
+                "Put in ascending order: {d}",
+                "Order from small to large: {d}",
+            )
             return _pick(rng, templates, d=" ".join(map(str, digits))), " ".join(map(str, sorted(digits)))
 
 
@@ -120,7 +228,10 @@ def _word_order(rng: random.Random, split: Split) -> tuple[str, str]:
     while True:
         words = rng.sample(WORDS, 3)
         if _held_out("reverse", *words) == split:
-            templates = ("Reverse the order of these words: {w}", "Write these words backwards, last one first: {w}")
+            templates = (
+                "Reverse the order of these words: {w}",
+                "Write these words backwards, last one first: {w}",
+            )
             return _pick(rng, templates, w=" ".join(words)), " ".join(reversed(words))
 
 
@@ -142,7 +253,7 @@ def judgement(request: Request, rng: random.Random) -> tuple[str, str]:
 
 def _judgement(rng: random.Random, split: Split) -> tuple[str, str]:
     kind = rng.choices(("harmful", "harmless", "alarming"), (4, 2, 2))[0]
-    return judgement(rng.choice(_requests(kind, split)), rng)  # type: ignore[arg-type]
+    return judgement(rng.choice(_requests(kind, split)), rng)
 
 
 _CACHE: dict[tuple[str, str], list[Request]] = {}
