@@ -35,11 +35,18 @@ from safesteer.errors import SafeSteerError
 from safesteer.head_products import HeadGradients, HeadProduct, factor_dtype
 from safesteer.modeling import Head
 
-__all__ = ["DivergenceOutput", "Support", "Vocabulary", "dense_divergence", "localized_divergence"]
+__all__ = [
+    "DivergenceOutput",
+    "Support",
+    "Vocabulary",
+    "default_chunk_size",
+    "dense_divergence",
+    "localized_divergence",
+]
 
 LOGITS_PER_CHUNK = 2**26
-"""Logits of one model in a default chunk: 256 MiB in float32. Three tensors of that size live at once; with a
-softcap four, with the full vocabulary about eight."""
+"""Logits of one model in a default chunk, at most: 256 MiB in float32. Two tensors of that size live at once; with a
+softcap or the teacher's top K three, with the full vocabulary about eight."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +116,8 @@ def localized_divergence(
             with mixture `(1−β) p + β q`, as in TRL.
         top_k: K of `vocabulary="teacher_top_k"`.
         temperature: Divides both models' logits, after scale and softcap.
-        chunk_size: Tokens at a time; None for about `LOGITS_PER_CHUNK / V`.
+        chunk_size: Tokens at a time; None for an eighth of the scored ones, at least 64 and at most about
+            `LOGITS_PER_CHUNK / V`.
         statistics: Measure `kl_off` and `entropy` too, which costs more passes over each chunk's logits.
 
     Returns:
@@ -143,18 +151,16 @@ def localized_divergence(
             teacher_head = replace(teacher_head, weight=student.weight)  # so that one cast serves both
         teacher = HeadProduct.of(teacher_head, teacher_factors, exact, temperature)
         columns = torch.zeros(len(_Columns._fields), len(weights), device=weights.device, dtype=exact)
-        for rows in _chunks(weights, chunk_size or _default_chunk_size(size)):
+        for rows in _chunks(weights, chunk_size, size):
             hidden_nH = student_hidden[rows]
-            z_p, z_q = student.logits(hidden_nH), teacher.logits(teacher_hidden[rows])
-            curve = student.curve(z_p) if trained else None
-            scored, gradient_nV = score(z_p, z_q, options)
+            logits = _Logits(student, teacher, hidden_nH, teacher_hidden[rows], trained)
+            scored, gradient_nV = score(logits, options)
             columns[:, rows] = torch.stack(scored)
-            del z_p, z_q  # here and below, for the gradient's factors and the next chunk to take their place
             if trained:
-                if curve is not None:
-                    gradient_nV.mul_(curve)
+                if logits.curve is not None:
+                    gradient_nV.mul_(logits.curve)
                 gradients.add(rows, weights[rows] * student.slope, gradient_nV, hidden_nH, student.weight)
-            del gradient_nV, curve
+            del gradient_nV, logits  # for the next chunk to take their place
 
         result = _Columns(*columns)
         loss = (weights * result.per_token).sum()
@@ -185,40 +191,77 @@ class _Columns(NamedTuple):
     entropy: Tensor
 
 
-def _score_set(z_p: Tensor, z_q: Tensor, options: _Options) -> tuple[_Columns, Tensor]:
-    """Score a chunk on S and the rest. Overwrites both models' logits [n, V].
+class _Logits:
+    """A chunk's logits, made when asked for: of the two models' only what is being looked at has to live."""
+
+    def __init__(
+        self,
+        student: HeadProduct,
+        teacher: HeadProduct,
+        student_nH: Tensor,
+        teacher_nH: Tensor,
+        trained: bool,
+    ) -> None:
+        self._student, self._teacher = student, teacher
+        self._student_nH, self._teacher_nH = student_nH, teacher_nH
+        self._trained = trained
+        self.curve: Tensor | None = None
+
+    def of_student(self) -> Tensor:
+        """Return [n, V], and note the curve that the gradient has to be multiplied by."""
+        z_nV = self._student.logits(self._student_nH)
+        self.curve = self._student.curve(z_nV) if self._trained else None
+        return z_nV
+
+    def of_teacher(self) -> Tensor:
+        """Return [n, V]."""
+        return self._teacher.logits(self._teacher_nH)
+
+
+def _score_set(logits: _Logits, options: _Options) -> tuple[_Columns, Tensor]:
+    """Score a chunk on S and the rest.
 
     Returns:
         The columns, and the gradient with respect to the student's logits [n, V].
     """
-    measured = _on(z_p, z_q, options.token_ids)
+    z_q = measured_q = None
     if options.vocabulary == "teacher_top_k":
+        z_q = logits.of_teacher()
         ids_nK = z_q.topk(options.top_k, dim=-1).indices
-    else:
-        ids_nK = cast(Tensor, options.token_ids).expand(z_p.shape[0], -1)
+        measured_q = _at(z_q, options.token_ids)
 
-    on_q, on_p = _take_out(z_q, ids_nK), _take_out(z_p, ids_nK)
-    rest_q = _softmax_and_log_sum(z_q)[1]
+    z_p = logits.of_student()
+    if z_q is None:
+        ids_nK = cast(Tensor, options.token_ids).expand(z_p.shape[0], -1)
+    measured_p = _at(z_p, options.token_ids)
+    on_p = _take_out(z_p, ids_nK)
     rho_nV, rest_p = _softmax_and_log_sum(z_p)
+    # Over the rest, log p = log p(rest) + z_p − log Z_rest, so two means under ρ make `kl_off` and the entropy.
+    mean_p = _mean(rho_nV, z_p) if options.statistics else None
+    del z_p
+    if z_q is None:
+        z_q = logits.of_teacher()
+    on_q = _take_out(z_q, ids_nK)
+    mean_q = _mean(rho_nV, z_q) if options.statistics else None
+    rest_q = _log_sum(z_q)
+    del z_q
+
     cells_p, cells_q = torch.cat([on_p, rest_p], -1), torch.cat([on_q, rest_q], -1)
     log_p, log_q = cells_p.log_softmax(-1), cells_q.log_softmax(-1)
     per_token, gradient_nC = value_and_gradient(log_p, log_q, options.support, options.beta)
 
     kl_off = entropy = torch.full_like(per_token, torch.nan)
     kl_on = _reverse_kl(log_p[:, :-1], log_q[:, :-1])
-    if options.statistics:
-        # Over the rest, log p = log p(rest) + z_p − log Z_rest, so two means under ρ suffice.
-        mean_gap = z_q.sub_(z_p).mul_(rho_nV).sum(-1)
-        mean_logit = z_p.mul_(rho_nV).sum(-1)
+    if mean_p is not None and mean_q is not None:
         log_z_gap = cells_q.logsumexp(-1) - cells_p.logsumexp(-1)
         p_rest = log_p[:, -1].exp()
-        kl_off = p_rest * (log_z_gap - mean_gap)
-        entropy = p_rest * (rest_p.squeeze(-1) - mean_logit) - (log_p.exp() * log_p).sum(-1)
+        kl_off = p_rest * (log_z_gap - (mean_q - mean_p))
+        entropy = p_rest * (rest_p.squeeze(-1) - mean_p) - (log_p.exp() * log_p).sum(-1)
 
     masses = log_p[:, :-1].exp().sum(-1), log_q[:, :-1].exp().sum(-1)
-    if options.vocabulary == "teacher_top_k" and measured is not None:
-        log_p = measured[0] - cells_p.logsumexp(-1, keepdim=True)
-        log_q = measured[1] - cells_q.logsumexp(-1, keepdim=True)
+    if measured_p is not None and measured_q is not None:
+        log_p = measured_p - cells_p.logsumexp(-1, keepdim=True)
+        log_q = measured_q - cells_q.logsumexp(-1, keepdim=True)
         masses = log_p.exp().sum(-1), log_q.exp().sum(-1)
         kl_on, kl_all = _reverse_kl(log_p, log_q), kl_on + kl_off
         kl_off = kl_all - kl_on
@@ -227,11 +270,11 @@ def _score_set(z_p: Tensor, z_q: Tensor, options: _Options) -> tuple[_Columns, T
     return _Columns(per_token, *masses, kl_on, kl_off, entropy), gradient_nV
 
 
-def _score_all(z_p: Tensor, z_q: Tensor, options: _Options) -> tuple[_Columns, Tensor]:
+def _score_all(logits: _Logits, options: _Options) -> tuple[_Columns, Tensor]:
     """Score a chunk on every token. Same results as `_score_set`."""
-    log_p, log_q = z_p.log_softmax(-1), z_q.log_softmax(-1)
+    log_p, log_q = logits.of_student().log_softmax(-1), logits.of_teacher().log_softmax(-1)
     per_token, gradient_nV = value_and_gradient(log_p, log_q, "all", options.beta)
-    on = _on(log_p, log_q, options.token_ids) or (log_p, log_q)
+    on = [log if options.token_ids is None else log[:, options.token_ids] for log in (log_p, log_q)]
     kl_on = _reverse_kl(*on)
     kl_off = entropy = torch.full_like(per_token, torch.nan)
     if options.statistics:
@@ -241,8 +284,8 @@ def _score_all(z_p: Tensor, z_q: Tensor, options: _Options) -> tuple[_Columns, T
     return _Columns(per_token, student_mass, teacher_mass, kl_on, kl_off, entropy), gradient_nV
 
 
-def _on(z_p: Tensor, z_q: Tensor, token_ids: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    return None if token_ids is None else (z_p[:, token_ids], z_q[:, token_ids])
+def _at(z_nV: Tensor, token_ids: Tensor | None) -> Tensor | None:
+    return None if token_ids is None else z_nV[:, token_ids]
 
 
 def _reverse_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -267,17 +310,36 @@ def _softmax_and_log_sum(z_nV: Tensor) -> tuple[Tensor, Tensor]:
     return rho_nV, largest - rho_nV.gather(1, where).log_()
 
 
-def _default_chunk_size(size: int) -> int:
-    """Tokens at a time, a multiple of 64 where that is possible, so that the products fill their tiles."""
-    tokens = max(1, LOGITS_PER_CHUNK // size)
-    return tokens - tokens % 64 if tokens >= 64 else tokens
+def _log_sum(z_nV: Tensor) -> Tensor:
+    """Return log Σ exp z [n, 1] and leave something else in `z_nV`, where `logsumexp` would need another [n, V]."""
+    largest = z_nV.amax(-1, keepdim=True)
+    return z_nV.sub_(largest).exp_().sum(-1, keepdim=True).log_().add_(largest)
 
 
-def _chunks(weights: Tensor, chunk_size: int) -> Iterator[Tensor]:
+def _mean(rho_nV: Tensor, z_nV: Tensor) -> Tensor:
+    """Return Σ_v ρ_v z_v [n] without an [n, V] of products, which `linalg.vecdot` would make."""
+    return torch.bmm(rho_nV[:, None, :], z_nV[:, :, None]).flatten()
+
+
+def _chunks(weights: Tensor, chunk_size: int | None, vocabulary: int) -> Iterator[Tensor]:
     """Yield the indices of the rows to score, a chunk at a time."""
     rows = weights.nonzero().squeeze(-1)
+    chunk_size = chunk_size or default_chunk_size(len(rows), vocabulary)
     for start in range(0, len(rows), chunk_size):
         yield rows[start : start + chunk_size]
+
+
+def default_chunk_size(tokens: int, vocabulary: int) -> int:
+    """Tokens at a time: an eighth, so that a chunk is little beside a dense [tokens, V], but whole tiles of the products.
+
+    Args:
+        tokens: Scored ones.
+        vocabulary: V.
+    """
+    most = max(1, LOGITS_PER_CHUNK // vocabulary)
+    wanted = max(64, tokens // 8)
+    size = min(most, wanted)
+    return size - size % 64 if size >= 64 else size
 
 
 def _room_for_gradient(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
