@@ -6,7 +6,6 @@ A random Qwen3-shaped model, steered at 60 % of its depth, LoRA and full fine-tu
 costs the same either way, and would hide the difference.
 """
 
-import argparse
 import copy
 import random
 import tempfile
@@ -14,9 +13,9 @@ import time
 from typing import Any
 
 import torch
-from measuring import figure, record
+from measuring import figure, parser_of, random_qwen3, record
 from peft import LoraConfig
-from transformers import Qwen3Config, Qwen3ForCausalLM, TrainerCallback
+from transformers import Qwen3ForCausalLM, TrainerCallback
 
 from safesteer.chat import Chat
 from safesteer.loading import load_tokenizer
@@ -86,28 +85,14 @@ def step_seconds(model: Qwen3ForCausalLM, chat: Chat, layers: str, lora: bool, c
 
 def main() -> None:
     """Measure and record."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--layers", type=int, default=20)
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--vocabulary", type=int, default=32_768)
     parser.add_argument("--completion", type=int, default=64)
     args = parser.parse_args()
-    torch.manual_seed(0)
     chat = Chat(load_tokenizer(str(testbed_folder() / "model")))
-    model = Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=args.vocabulary,
-            hidden_size=args.hidden,
-            intermediate_size=3 * args.hidden,
-            num_hidden_layers=args.layers,
-            num_attention_heads=8,
-            num_key_value_heads=4,
-            head_dim=args.hidden // 8,
-            tie_word_embeddings=True,
-        )
-    )
+    model = random_qwen3(args.layers, args.hidden, args.vocabulary)
     size = {"layers": args.layers, "hidden": args.hidden, "vocabulary": args.vocabulary}
     entries = []
     for lora, name in ((True, "LoRA"), (False, "full fine-tuning")):

@@ -6,21 +6,20 @@ Brute force is the method as it is written down (§1; the released code does the
 position three whole passes over the validation prompts, with logits at every position of the sequence.
 """
 
-import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from measuring import figure, record, side_by_side
+from measuring import figure, parser_of, random_qwen3, record, side_by_side
 from torch import Tensor, nn
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen3ForCausalLM
 
 from safesteer.chat import Chat, left_pad
 from safesteer.direction import DirectionSettings, RefusalDirection, find_refusal_direction, refusal_score
 from safesteer.direction_prompts import sampled_prompts
 from safesteer.loading import load_tokenizer
-from safesteer.prompts import PromptSet, load_prompts
+from safesteer.prompts import load_prompts
 from safesteer.testbed.demo import testbed_folder
 
 Scores = dict[tuple[int, int], tuple[float, float, float]]
@@ -124,30 +123,15 @@ class BruteForce:
 
 def main() -> None:
     """Measure and record."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--vocabulary", type=int, default=32_768)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=1)
     args = parser.parse_args()
-    torch.manual_seed(0)
     chat = Chat(load_tokenizer(str(testbed_folder() / "model")))
-    model = Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=args.vocabulary,
-            hidden_size=args.hidden,
-            intermediate_size=3 * args.hidden,
-            num_hidden_layers=args.layers,
-            num_attention_heads=8,
-            num_key_value_heads=4,
-            head_dim=args.hidden // 8,
-            tie_word_embeddings=True,
-            initializer_range=0.05,
-        )
-    ).eval()
+    model = random_qwen3(args.layers, args.hidden, args.vocabulary, initializer_range=0.05)
     # Half of the vocabulary "refuses": so some candidates of a random model induce and others do not.
     openers = tuple(range(0, args.vocabulary, 2))
     prompts = testbed_folder() / "prompts"
@@ -165,7 +149,7 @@ def main() -> None:
     found: dict[str, Any] = {}
 
     def ours() -> None:
-        found["ours"] = search(model, chat, harmful, harmless, settings)
+        found["ours"] = find_refusal_direction(model, chat, harmful, harmless, settings)
 
     def reference() -> None:
         found["reference"] = brute.search(samples, settings)
@@ -191,13 +175,6 @@ def main() -> None:
             figure("direction search, largest difference of a score (bar)", worst, 1e-4, "log-odds or nats"),
         ],
     )
-
-
-def search(
-    model: Qwen3ForCausalLM, chat: Chat, harmful: PromptSet, harmless: PromptSet, settings: DirectionSettings
-) -> RefusalDirection:
-    """Ours."""
-    return find_refusal_direction(model, chat, harmful, harmless, settings)
 
 
 if __name__ == "__main__":

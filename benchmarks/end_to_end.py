@@ -8,7 +8,6 @@ logits at every position (`direction_search.BruteForce`), keeps [samples, H, V] 
 loss. Random weights refuse nothing, so openers are given and the search's tests are relaxed, alike for both.
 """
 
-import argparse
 import json
 import resource
 import subprocess
@@ -21,9 +20,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from direction_search import BruteForce, edited
-from measuring import figure, record
+from measuring import figure, parser_of, random_qwen3, record
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3ForCausalLM
 
 from safesteer.chat import Chat, left_pad
 from safesteer.console import RunConsole
@@ -51,21 +50,14 @@ SAMPLES, HORIZON, SIZE, VOTES, BATCH, STEPS = 2, 7, 50, 200, 32, 4
 
 def make_model(folder: Path, hidden: int, layers: int) -> None:
     """Save random weights with the testbed's tokenizer."""
-    torch.manual_seed(0)
     tokenizer = load_tokenizer(str(testbed_folder() / "model"))
-    config = Qwen3Config(
-        vocab_size=151_936,
-        hidden_size=hidden,
-        intermediate_size=3 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=hidden // 8,
-        tie_word_embeddings=True,
+    model = random_qwen3(
+        layers,
+        hidden,
+        151_936,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    model = Qwen3ForCausalLM(config)
     print(f"{model.num_parameters() / 1e6:.0f} M parameters", flush=True)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -202,9 +194,7 @@ def run_alone(pipeline: str, folder: Path, completion: int) -> dict[str, float]:
 
 def main() -> None:
     """Measure and record."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--completion", type=int, default=32)

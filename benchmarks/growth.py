@@ -6,15 +6,12 @@ Each series doubles one size. The exponent is the slope of log time over log siz
 held against is in docs/cost.md.
 """
 
-import argparse
 import math
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from loss import Case
-from measuring import figure, record, side_by_side
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from measuring import figure, parser_of, random_qwen3, record, side_by_side
 
 from safesteer.chat import Chat, generate
 from safesteer.direction import DirectionSettings, find_refusal_direction
@@ -25,28 +22,9 @@ from safesteer.testbed.demo import testbed_folder
 Series = dict[int, float]
 
 
-def model_of(layers: int, vocabulary: int = 8_192) -> Qwen3ForCausalLM:
-    """A random model of 128 hidden units."""
-    torch.manual_seed(0)
-    return Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=vocabulary,
-            hidden_size=128,
-            intermediate_size=384,
-            num_hidden_layers=layers,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            head_dim=32,
-            tie_word_embeddings=True,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
-    ).eval()
-
-
 def direction_seconds(chat: Chat, layers: int, prompts: int) -> float:
     """One direction search."""
-    model = model_of(layers)
+    model = random_qwen3(layers, 128, 8_192, heads=4)
     folder = testbed_folder() / "prompts"
     sets: list[PromptSet] = [load_prompts(folder / f"{kind}_train.jsonl") for kind in ("harmful", "harmless")]
     settings = DirectionSettings(
@@ -66,7 +44,7 @@ def direction_seconds(chat: Chat, layers: int, prompts: int) -> float:
 
 def rollout_seconds(chat: Chat, length: int) -> float:
     """32 sampled responses of one length."""
-    model = model_of(4)
+    model = random_qwen3(4, 128, 8_192, heads=4, eos_token_id=None, pad_token_id=0)
     prompts = load_prompts(testbed_folder() / "prompts" / "harmful_train.jsonl", count=32).prompts
     work: Callable[[], object] = lambda: generate(  # noqa: E731
         model, chat, prompts, max_new_tokens=length, batch_size=32, temperature=1.0
@@ -91,9 +69,7 @@ def exponent(series: Series) -> float:
 
 def main() -> None:
     """Measure, record, plot."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
     chat = Chat(load_tokenizer(str(testbed_folder() / "model")))

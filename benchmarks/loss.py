@@ -6,13 +6,12 @@ Forward and backward, float32 on a CPU, bfloat16 on a GPU. Bare products are wha
 states must do: one with each head and one for the gradient (a fourth for the head's own gradient).
 """
 
-import argparse
 from collections.abc import Callable
 from functools import partial
 
 import torch
 import torch.nn.functional as F
-from measuring import figure, peak_extra_memory, record, side_by_side
+from measuring import figure, parser_of, peak_extra_memory, record, side_by_side
 from torch import Tensor
 from trl.trainer.distillation_trainer import _chunked_divergence_loss
 
@@ -36,8 +35,12 @@ class Case:
         self.weights = torch.full((tokens,), 1 / tokens, device=device)
         self.ids = torch.randperm(vocabulary, device=device)[:50]
 
-    def _backward(self, loss: Tensor) -> None:
+    def forget(self) -> None:
+        """Drop gradients of earlier calls, which memory would otherwise be measured from."""
         self.student.grad = self.head.grad = None
+
+    def _backward(self, loss: Tensor) -> None:
+        self.forget()
         loss.backward()  # type: ignore[no-untyped-call]
 
     def localized(self, statistics: bool = False) -> None:
@@ -107,9 +110,7 @@ def worst_gradient_error(hidden: int = 64, vocabulary: int = 5_000) -> float:
 
 def main() -> None:
     """Measure and record."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--vocabulary", type=int, default=151_936)
@@ -127,6 +128,10 @@ def main() -> None:
         }
         seconds = side_by_side(work, args.rounds)
         bare = "four" if trained else "three"
+        memory = []
+        for run in (case.localized, case.dense):
+            case.forget()
+            memory.append(peak_extra_memory(run))
         entries += [
             figure(f"loss, {head}, against TRL's", seconds["ours"], seconds["trl"], "s", **size),
             figure(
@@ -145,8 +150,7 @@ def main() -> None:
             ),
             figure(
                 f"peak extra memory of the loss, {head}, against dense",
-                peak_extra_memory(case.localized),
-                peak_extra_memory(case.dense),
+                *memory,
                 "MB",
                 **size,
             ),

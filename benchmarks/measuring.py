@@ -1,5 +1,6 @@
-"""What the benchmarks share: times side by side, peak memory, the machine, and one file of results."""
+"""What the benchmarks share: random models, times side by side, peak memory, the machine, one file of results."""
 
+import argparse
 import json
 import os
 import platform
@@ -11,8 +12,44 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 RESULTS = Path(__file__).parent / "results.json"
+
+
+def parser_of(documentation: str | None) -> argparse.ArgumentParser:
+    """Return a parser whose help is a benchmark's module documentation."""
+    return argparse.ArgumentParser(
+        description=documentation, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+def random_qwen3(
+    layers: int, hidden: int, vocabulary: int, heads: int = 8, key_value_heads: int = 4, **config: Any
+) -> Qwen3ForCausalLM:
+    """Return a Qwen3 of random weights, the same at every call.
+
+    Args:
+        layers: Decoder layers.
+        hidden: Hidden size; the MLP's is three times it.
+        vocabulary: Tokens.
+        heads: Of queries.
+        key_value_heads: Of keys and values.
+        config: Further fields of `transformers.Qwen3Config`.
+    """
+    torch.manual_seed(0)
+    shape = Qwen3Config(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=key_value_heads,
+        head_dim=hidden // heads,
+        tie_word_embeddings=True,
+        **config,
+    )
+    return Qwen3ForCausalLM(shape).eval()
 
 
 def side_by_side(

@@ -116,7 +116,7 @@ def run_point(output: Path, name: str, seed: int) -> dict[str, Any]:
     """Align and measure one point, or read what it came to."""
     point = POINTS[name]
     folder = output / f"{name}-{seed}"
-    summary = folder / "evaluation" / "demo.json"
+    summary = folder / "demo" / "demo.json"
     if not summary.exists():
         # Points that differ in the distillation alone share direction and tokens (the fingerprints see to it).
         before = {section: values for section, values in point.items() if section != "distillation"}
