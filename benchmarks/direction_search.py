@@ -1,6 +1,6 @@
 """The refusal direction search beside brute force: the same choice and the same scores.
 
-    python benchmarks/direction_search.py [--layers 24] [--hidden 256] [--vocabulary 32768]
+    python benchmarks/direction_search.py [--layers 20] [--hidden 128] [--vocabulary 32768]
 
 Brute force is the method as it is written down (§1; the released code does the same): for every layer and every template
 position three whole passes over the validation prompts, with logits at every position of the sequence.
@@ -124,8 +124,8 @@ class BruteForce:
 def main() -> None:
     """Measure and record."""
     parser = parser_of(__doc__)
-    parser.add_argument("--layers", type=int, default=24)
-    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=20)
+    parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--vocabulary", type=int, default=32_768)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=1)

@@ -1,6 +1,6 @@
 """`align` beside a plain PyTorch pipeline that does the same job the straightforward way: time and peak memory.
 
-    python benchmarks/end_to_end.py [--hidden 512] [--layers 12] [--completion 32]
+    python benchmarks/end_to_end.py [--hidden 512] [--layers 8] [--completion 32]
 
 A random Qwen3-shaped model (over 100 M parameters, the real vocabulary of 151,936), 100 harmful prompts. Each pipeline runs in
 a process of its own, one after the other. The reference holds two full models, searches directions by brute force with
@@ -196,7 +196,7 @@ def main() -> None:
     """Measure and record."""
     parser = parser_of(__doc__)
     parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--completion", type=int, default=32)
     parser.add_argument("--run", choices=("ours", "reference"), help="Run one pipeline and print its cost.")
     parser.add_argument("--folder", type=Path)
