@@ -243,6 +243,18 @@ def test_micro_batches_make_up_the_batch_exactly(share: int, micro: int, process
     assert not any(share % larger == 0 for larger in range(size + 1, min(micro, share) + 1))
 
 
+def test_a_micro_batch_is_a_number_or_auto() -> None:
+    def given(value: Any) -> int | str:
+        return build_settings({"distillation": {"micro_batch_size": value}}).distillation.micro_batch_size
+
+    assert [given(value) for value in ("auto", "Auto", "4", 4)] == ["auto", "auto", 4, 4]
+    for value in ("many", None, 2.5):
+        with pytest.raises(SafeSteerError, match=r"micro_batch_size is .*; give a whole number, or auto\."):
+            given(value)
+    with pytest.raises(SafeSteerError, match="--micro-batch-size is 0; give a number above 0"):
+        given(0)
+
+
 def test_a_batch_that_processes_cannot_share_is_refused() -> None:
     with pytest.raises(SafeSteerError, match="--batch-size is 10, which 4 processes cannot share"):
         micro_batches(DistillationSettings(batch_size=10), 4)

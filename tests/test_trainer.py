@@ -10,6 +10,7 @@ from torch import Tensor
 
 import tiny_training as tiny
 from safesteer.steering import Steering
+from safesteer.teacher import FrozenCopyTeacher
 
 IDS = torch.tensor(tiny.SAFETY_TOKENS)
 
@@ -233,6 +234,28 @@ def test_bfloat16_gives_the_gradient_within_its_precision(
     other = torch.cat([rough[name].double().flatten() for name in exact])
     assert torch.cosine_similarity(one, other, dim=0) > 0.98
     assert all(gradient.any() for gradient in rough.values())
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_mixed_precision_reaches_teacher_and_student(tmp_path: Path, adapter: bool) -> None:
+    """The loss goes around the forward that accelerate puts autocast into."""
+    run = tiny.trainer(
+        tmp_path,
+        cls=tiny.FixedResponses,
+        peft_config=tiny.lora() if adapter else None,
+        bf16=True,
+        max_steps=1,
+    )
+    dtypes = []
+    teacher = run.teacher.unwrapped() if isinstance(run.teacher, FrozenCopyTeacher) else run.model
+    for model in {run.model, teacher}:
+        for module in model.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.register_forward_hook(lambda _, __, output: dtypes.append(output.dtype))
+    with torch.enable_grad():
+        run.compute_loss(run.model, tiny.microbatches(run)[0])
+    assert len(dtypes) > 20
+    assert set(dtypes) == {torch.bfloat16}
 
 
 def test_responses_without_counted_tokens_are_left_out_of_the_mean(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from safesteer.artifacts import fingerprint
 from safesteer.errors import SafeSteerError, one_line
 from safesteer.modeling import unwrapped
+from safesteer.out_of_memory import InParts
 
 Thinking = Literal["off", "on"]
 
@@ -219,7 +220,7 @@ def generate(
         chat: How to ask.
         prompts: The users' texts.
         max_new_tokens: Longest response.
-        batch_size: Prompts at a time, of similar length.
+        batch_size: Prompts at a time, of similar length; fewer when they do not fit into memory.
         temperature: 0 is greedy; otherwise pure sampling at that temperature.
         seed: Of the sampling; the same seed, prompts and batch size give the same responses.
         max_length: Longest prompt in tokens (see `Chat.encode`).
@@ -276,8 +277,8 @@ def generating(
         seed: Of the sampling.
 
     Yields:
-        What makes a batch of token ids (unpadded rows) into responses; keyword arguments go to
-        `model.generate`.
+        What makes a batch of token ids (unpadded rows) into responses, in smaller batches when the whole does
+        not fit into memory; keyword arguments go to `model.generate`, and then the batch stays whole.
     """
     ends = end_of_turn_ids(model, chat.tokenizer)
     pad_id = chat.tokenizer.pad_token_id
@@ -287,11 +288,17 @@ def generating(
     device = inner.device
     was_training, checkpoint_config = model.training, inner.generation_config
 
-    def respond(ids: Sequence[Sequence[int]], **options: Any) -> list[Response]:
+    def answer(ids: Sequence[Sequence[int]], **options: Any) -> list[Response]:
         input_ids, mask = left_pad(ids, pad_id, device)
         with torch.no_grad():
             output = inner.generate(input_ids=input_ids, attention_mask=mask, **options)
         return [_response(chat.tokenizer, row, ends) for row in output[:, input_ids.shape[1] :].tolist()]
+
+    in_parts = InParts()
+
+    def respond(ids: Sequence[Sequence[int]], **options: Any) -> list[Response]:
+        # Options may belong to this very batch, such as a seed per row.
+        return answer(ids, **options) if options else in_parts(answer, ids)
 
     model.train(False)
     # `generate` fills in what a config leaves unset from the model's own: its top-k, its penalties.

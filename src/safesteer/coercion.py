@@ -26,9 +26,7 @@ def coerce(value: Any, annotation: Any, where: str) -> Any:
     """
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType):
-        if value is None or (isinstance(value, str) and value.strip().lower() in ("none", "null")):
-            return None
-        return coerce(value, next(kind for kind in arguments if kind is not type(None)), where)
+        return _one_of_several(value, arguments, where)
     if origin is Literal:
         return _one_of(value, arguments, where)
     if origin is tuple:
@@ -48,6 +46,24 @@ def closest(name: str, known: Iterable[str]) -> str:
     """Say which known name was probably meant: ` (did you mean …?)`, or nothing."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f" (did you mean {matches[0]!r}?)" if matches else ""
+
+
+def _one_of_several(value: Any, kinds: tuple[Any, ...], where: str) -> Any:
+    """Read a value of a type that may also be None, or one of some words: `int | Literal["auto"]`."""
+    text = value.strip().lower() if isinstance(value, str) else value
+    if type(None) in kinds and text in (None, "none", "null"):
+        return None
+    kinds = tuple(kind for kind in kinds if kind is not type(None))
+    if len(kinds) == 1:
+        return coerce(value, kinds[0], where)
+    words = [word for kind in kinds if typing.get_origin(kind) is Literal for word in typing.get_args(kind)]
+    if text in words:
+        return text
+    plain = next(kind for kind in kinds if typing.get_origin(kind) is not Literal)
+    try:
+        return coerce(value, plain, where)
+    except SafeSteerError as error:
+        raise SafeSteerError(", or ".join([str(error).removesuffix("."), *words]) + ".") from None
 
 
 def _one_of(value: Any, allowed: tuple[Any, ...], where: str) -> Any:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from safesteer.chat import Chat, end_of_turn_ids, left_pad
 from safesteer.modeling import backbone, language_head
+from safesteer.out_of_memory import InParts
 
 Progress = Callable[[str, int, int], None]
 """Called as `progress(what is being done, how many are done, how many there are)`."""
@@ -73,6 +74,7 @@ class NextTokenReader:
         self.batch_size = batch_size
         self.head = language_head(model)
         self._body = backbone(model)
+        self._in_parts = InParts()
         self._takes_positions = "position_ids" in inspect.signature(self._body.forward).parameters
 
     @property
@@ -97,7 +99,7 @@ class NextTokenReader:
         return batches
 
     def hidden(self, batch: Batch, positions: int = 1) -> Tensor:
-        """Run the backbone.
+        """Run the backbone, on the whole batch at once: hooks on the model may hold tensors of its size.
 
         Returns:
             The hidden states of the last `positions` positions, final norm applied, [B, positions, H].
@@ -118,33 +120,37 @@ class NextTokenReader:
         """Continue each prompt by exactly `tokens` tokens, past any end of turn.
 
         Plain sampling: the checkpoint's own top-k, top-p and penalties are set aside. Temperature 0 is
-        greedy.
+        greedy. A batch whose keys and values do not fit into memory is continued in parts.
 
         Returns:
             The new tokens, [B, tokens] int64.
         """
         sampling = temperature > 0
-        output: Tensor = self.model.generate(  # type: ignore[operator]
-            input_ids=batch.input_ids,
-            attention_mask=batch.mask,
-            max_new_tokens=tokens,
-            min_new_tokens=0,
-            do_sample=sampling,
-            temperature=temperature if sampling else 1.0,
-            top_k=0 if sampling else 50,
-            top_p=1.0,
-            typical_p=1.0,
-            repetition_penalty=1.0,
-            no_repeat_ngram_size=0,
-            num_beams=1,
-            num_return_sequences=1,
-            # As an argument, unlike in a GenerationConfig, None means none and not the checkpoint's own.
-            eos_token_id=None,
-            pad_token_id=self.pad_id,
-            use_cache=True,
-            return_dict_in_generate=False,
-        )
-        return output[:, batch.input_ids.shape[1] :]
+
+        def continued(rows: Sequence[int]) -> Tensor:
+            output: Tensor = self.model.generate(  # type: ignore[operator]
+                input_ids=batch.input_ids[list(rows)],
+                attention_mask=batch.mask[list(rows)],
+                max_new_tokens=tokens,
+                min_new_tokens=0,
+                do_sample=sampling,
+                temperature=temperature if sampling else 1.0,
+                top_k=0 if sampling else 50,
+                top_p=1.0,
+                typical_p=1.0,
+                repetition_penalty=1.0,
+                no_repeat_ngram_size=0,
+                num_beams=1,
+                num_return_sequences=1,
+                # As an argument, unlike in a GenerationConfig, None means none and not the checkpoint's own.
+                eos_token_id=None,
+                pad_token_id=self.pad_id,
+                use_cache=True,
+                return_dict_in_generate=False,
+            )
+            return output[:, batch.input_ids.shape[1] :]
+
+        return torch.stack(self._in_parts(continued, range(len(batch.input_ids))))
 
 
 def mean_probabilities(reader: NextTokenReader, prompts: Sequence[str]) -> Tensor:

@@ -17,7 +17,7 @@ from safesteer.direction import DirectionSettings
 from safesteer.divergence import Support, Vocabulary
 from safesteer.errors import SafeSteerError
 from safesteer.safety_tokens import SafetyTokenSettings
-from safesteer.trainer_config import SAFETY_SYSTEM_PROMPT, Reduction, TeacherKind, TrainLayers
+from safesteer.trainer_config import SAFETY_SYSTEM_PROMPT, Reduction, TeacherCopy, TeacherKind, TrainLayers
 
 
 def _setting(default: Any, help: str, *, flag: str | None = None, path: bool = False) -> Any:
@@ -108,6 +108,11 @@ class DistillationSettings:
     teacher: TeacherKind = _setting(
         "auto", "Where the teacher's weights are: auto takes adapter_off with LoRA, frozen_copy without."
     )
+    teacher_copy: TeacherCopy = _setting(
+        "same",
+        "Where a second copy of the weights keeps its layers: like the student's (same), in host memory, one "
+        "at a time on the device (cpu), or with their linear maps in eight bits (int8).",
+    )
     vocabulary: Vocabulary = _setting("safety_tokens", "Tokens S that the loss looks at.")
     support: Support = _setting(
         "tail",
@@ -140,8 +145,10 @@ class DistillationSettings:
     steps: int | None = _setting(None, "Optimizer steps; by default as many as the epochs make.")
     epochs: float = _setting(1.0, "Passes over the harmful prompts, unless steps are given.")
     batch_size: int = _setting(32, "Prompts per optimizer step, over all devices.")
-    micro_batch_size: int = _setting(
-        8, "Prompts per forward and backward pass on one device; lower it to save memory."
+    micro_batch_size: int | Literal["auto"] = _setting(
+        "auto",
+        "Prompts per forward and backward pass on one device; auto takes as many as the memory estimate lets "
+        "it. Halved when memory runs out.",
     )
     max_prompt_length: int = _setting(
         512, "Tokens of a rendered prompt; longer user texts are cut at their end."
@@ -191,7 +198,9 @@ class DistillationSettings:
         Raises:
             SafeSteerError: Naming the setting and its bounds.
         """
-        _positive(self, "lora_rank", "lora_alpha", "batch_size", "micro_batch_size", "max_prompt_length")
+        if self.micro_batch_size != "auto":
+            _positive(self, "micro_batch_size")
+        _positive(self, "lora_rank", "lora_alpha", "batch_size", "max_prompt_length")
         _positive(self, "max_completion_length", "epochs", "temperature", "max_grad_norm", "probe_size")
         if self.steps is not None and self.steps < 1:
             raise SafeSteerError(

@@ -8,16 +8,23 @@ of computed, any other is computed anew.
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from safesteer.artifacts import read_json
 from safesteer.direction import RefusalDirection, direction_fingerprint, find_refusal_direction
 from safesteer.errors import SafeSteerError
+from safesteer.out_of_memory import with_smaller_batches
 from safesteer.safety_tokens import SafetyTokens, find_safety_tokens, safety_tokens_fingerprint
 from safesteer.workspace import Workspace
 
 DIRECTION_FILE = "direction.json"
 TOKENS_FILE = "safety_tokens.json"
+
+_REMEDIES = (
+    "load the weights in fewer bits (--dtype bfloat16), leave out the longest prompts, or take a device with "
+    "more memory"
+)
 
 
 def direction_stage(work: Workspace) -> RefusalDirection:
@@ -31,14 +38,22 @@ def direction_stage(work: Workspace) -> RefusalDirection:
         direction = RefusalDirection.load(work.folder)
     else:
         with work.console.stage("direction") as progress:
-            direction = find_refusal_direction(
-                work.model,
-                work.chat,
-                *prompts,
-                settings,
-                layer_path=work.settings.model.layer_path,
-                progress=progress,
+            direction = with_smaller_batches(
+                lambda batch_size: find_refusal_direction(
+                    work.model,
+                    work.chat,
+                    *prompts,
+                    replace(settings, batch_size=batch_size),
+                    layer_path=work.settings.model.layer_path,
+                    progress=progress,
+                ),
+                settings.batch_size,
+                what="direction",
+                note=work.console.note,
+                remedies=_REMEDIES,
             )
+        # Of the batch size that was asked for, so that the next run keeps what was found.
+        direction = replace(direction, fingerprint=wanted)
         direction.save(work.folder)
     flips = (
         "" if math.isnan(direction.flip_rate) else f"; flips {direction.flip_rate:.0%} of answered prompts"
@@ -65,15 +80,22 @@ def tokens_stage(work: Workspace, direction: RefusalDirection) -> SafetyTokens:
         tokens = SafetyTokens.load(work.folder)
     else:
         with work.console.stage("safety tokens") as progress:
-            tokens = find_safety_tokens(
-                work.model,
-                work.chat,
-                prompts,
-                direction.steering,
-                settings,
-                layer_path=work.settings.model.layer_path,
-                progress=progress,
+            tokens = with_smaller_batches(
+                lambda batch_size: find_safety_tokens(
+                    work.model,
+                    work.chat,
+                    prompts,
+                    direction.steering,
+                    replace(settings, batch_size=batch_size),
+                    layer_path=work.settings.model.layer_path,
+                    progress=progress,
+                ),
+                settings.batch_size,
+                what="safety tokens",
+                note=work.console.note,
+                remedies=_REMEDIES,
             )
+        tokens = replace(tokens, fingerprint=wanted)
         tokens.save(work.folder)
     first = " ".join(repr(token.text) for token in tokens.tokens[:8])
     work.console.summary(

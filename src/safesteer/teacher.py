@@ -140,7 +140,8 @@ class FrozenCopyTeacher:
     """A second copy of the base model, for full fine-tuning.
 
     Args:
-        model: The copy, possibly wrapped by FSDP or DeepSpeed. It is set to evaluation mode and frozen.
+        model: The copy, possibly wrapped by FSDP or DeepSpeed, or one of `teacher_copies`. It is set to
+            evaluation mode and frozen.
         steering: What turns it into the safety teacher; None leaves it unsteered.
         layer_path: Where the decoder layers are, if they cannot be found.
     """

@@ -25,7 +25,8 @@ from safesteer.direction import RefusalDirection
 from safesteer.divergence import localized_divergence
 from safesteer.errors import SafeSteerError
 from safesteer.lower_layers import LowerLayers, can_share
-from safesteer.modeling import language_head
+from safesteer.modeling import head_gathered, language_head
+from safesteer.out_of_memory import InParts
 from safesteer.safety_tokens import SafetyTokens
 from safesteer.steering import Steering
 from safesteer.teacher import (
@@ -36,6 +37,7 @@ from safesteer.teacher import (
     completion_hidden_states,
     evaluation_flags,
 )
+from safesteer.teacher_copies import offloaded_copy, quantized_copy
 from safesteer.teacher_ema import EmaTeacher, load_teacher, save_teacher
 from safesteer.trainable_layers import adapter_from, freeze_below, remove_adapters_below
 from safesteer.trainer_callbacks import (
@@ -106,6 +108,7 @@ class SafeSteerTrainer(DistillationTrainer):  # type: ignore[misc, unused-ignore
         self.teacher: Teacher
         self.probe_callback: ProbeCallback | None = None
         self._layer_path = layer_path
+        self._in_parts = InParts()
         steering = direction.steering if isinstance(direction, RefusalDirection) else direction
         check_fit(
             model, args, steering, peft_config, has_refresh=refresh is not None, has_probe=probe is not None
@@ -195,13 +198,36 @@ class SafeSteerTrainer(DistillationTrainer):  # type: ignore[misc, unused-ignore
         return 0 if teacher.steering is None else teacher.steering.layer
 
     def _copy(self, model: nn.Module, with_adapter: bool = True) -> nn.Module:
-        """Copy the model and prepare the copy for FSDP or DeepSpeed, as TRL prepares its teacher."""
-        second: Any = copy.deepcopy(model)
+        """Copy the model and prepare the copy for FSDP or DeepSpeed, as TRL prepares its teacher.
+
+        Raises:
+            SafeSteerError: If a copy of the kind that `teacher_copy` asks for cannot be made of this model.
+        """
+        kind = self.args.teacher_copy
+        if kind != "same" and (
+            self.is_deepspeed_enabled
+            or self.is_fsdp_enabled
+            or len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1
+        ):
+            raise SafeSteerError(
+                f"teacher_copy {kind} cannot be made of a model that FSDP, DeepSpeed or a device map divides "
+                "among devices; leave it at same, which divides the copy too."
+            )
+        second: Any
+        if kind == "cpu":
+            second = offloaded_copy(model, self.accelerator.device, self._layer_path)
+        elif kind == "int8":
+            second = quantized_copy(model, self._layer_path)
+        else:
+            second = copy.deepcopy(model)
         if isinstance(second, PeftModel) and not with_adapter:
             # Off for good; PEFT's unload() would keep modules that the adapter has replaced and trained.
             base: Any = second.base_model
             base.disable_adapter_layers()
         second.eval().requires_grad_(False)
+        if kind != "same":
+            placed: nn.Module = second  # where it belongs; preparing would move weights that wait elsewhere
+            return placed
         prepared: nn.Module = (
             prepare_deepspeed(second, self.accelerator)
             if self.is_deepspeed_enabled
@@ -225,10 +251,15 @@ class SafeSteerTrainer(DistillationTrainer):  # type: ignore[misc, unused-ignore
             inputs: dict[str, Any] = super()._prepare_inputs(generation_batch)
         return inputs
 
-    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> list[list[int]]:
+    def _generate_single_turn(
+        self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any
+    ) -> list[list[int]]:
+        whole = super()._generate_single_turn
         # TRL samples in train mode: dropout would sample from another model than the one to be aligned.
         with evaluation_flags(self.model):
-            completions: list[list[int]] = super()._generate_single_turn(*args, **kwargs)
+            completions: list[list[int]] = self._in_parts(
+                lambda part: whole(list(part), *args, **kwargs), prompt_ids
+            )
         return completions
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -268,10 +299,11 @@ class SafeSteerTrainer(DistillationTrainer):  # type: ignore[misc, unused-ignore
         """
         student = self.accelerator.unwrap_model(model)
         # As TRL, through the wrapper's forward: DDP prepares its backward pass there, FSDP gathers its
-        # shards.
-        loss, sums = self._forward_redirection(
-            model, student, self._compute_loss, student, inputs, num_items_in_batch
-        )
+        # shards. The redirection leaves out the forward that accelerate has put autocast around, so it is put here.
+        with self.accelerator.autocast():
+            loss, sums = self._forward_redirection(
+                model, student, self._compute_loss, student, inputs, num_items_in_batch
+            )
         losses = self.accelerator.gather(loss.detach().reshape(1))
         if not torch.isfinite(losses).all():
             bad = losses[~torch.isfinite(losses)][0]
@@ -303,33 +335,36 @@ class SafeSteerTrainer(DistillationTrainer):  # type: ignore[misc, unused-ignore
         steered_B, weights_BC = inputs["steered"], inputs["loss_weights"][:, : ids[2].size(1)]
         # The teacher first: PEFT toggles requires_grad around it, and the student's graph must not see that.
         teacher = self.teacher
-        base = teacher.unwrapped() if isinstance(teacher, FrozenCopyTeacher) else unwrapped_student
+        owner = teacher.base if isinstance(teacher, SystemPromptTeacher) else teacher
+        base = owner.unwrapped() if isinstance(owner, FrozenCopyTeacher) else unwrapped_student
         with self._lower_layers.recorded(base):
             teacher_BCH = teacher.completion_hidden_states(unwrapped_student, *ids, steered_B)
         with self._lower_layers.reused(unwrapped_student):
             student_BCH = completion_hidden_states(unwrapped_student, *ids)
-        teacher_head = teacher.head(unwrapped_student)
-        student_head = language_head(unwrapped_student)
+        # Once for all chunks, and for both models where they share the head.
+        with head_gathered(unwrapped_student), head_gathered(base):
+            teacher_head = teacher.head(unwrapped_student)
+            student_head = language_head(unwrapped_student)
 
-        device = student_head.weight.device
-        chosen_BC = weights_BC > 0
-        if not chosen_BC.any():
-            chosen_BC[0, 0] = True  # with weight 0: every process needs a loss to differentiate
-        weights_N = weights_BC[chosen_BC].to(device)
-        output = localized_divergence(
-            student_BCH[chosen_BC].to(device),
-            teacher_BCH[chosen_BC].to(device),
-            student_head,
-            teacher_head,
-            weights_N,
-            token_ids=self.token_ids,
-            vocabulary=self.args.vocabulary,
-            support=self.args.support,
-            beta=self.args.beta,
-            top_k=self.args.teacher_top_k,
-            temperature=self.temperature,
-            chunk_size=self.args.divergence_chunk_size,
-        )
+            device = student_head.weight.device
+            chosen_BC = weights_BC > 0
+            if not chosen_BC.any():
+                chosen_BC[0, 0] = True  # with weight 0: every process needs a loss to differentiate
+            weights_N = weights_BC[chosen_BC].to(device)
+            output = localized_divergence(
+                student_BCH[chosen_BC].to(device),
+                teacher_BCH[chosen_BC].to(device),
+                student_head,
+                teacher_head,
+                weights_N,
+                token_ids=self.token_ids,
+                vocabulary=self.args.vocabulary,
+                support=self.args.support,
+                beta=self.args.beta,
+                top_k=self.args.teacher_top_k,
+                temperature=self.temperature,
+                chunk_size=self.args.divergence_chunk_size,
+            )
         steered_N = steered_B[:, None].expand_as(chosen_BC)[chosen_BC].to(device)
         return output.loss, sum_by_kind(output, steered_N, weights_N > 0)
 

@@ -1,7 +1,7 @@
 """Settings of the distillation stage, `SafeSteerConfig`."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from trl import DistillationConfig
@@ -12,6 +12,7 @@ from safesteer.errors import SafeSteerError
 TeacherKind = Literal["auto", "adapter_off", "frozen_copy", "ema", "system_prompt"]
 Reduction = Literal["response", "token"]
 TrainLayers = Literal["all", "from_steered"]
+TeacherCopy = Literal["same", "cpu", "int8"]
 
 SAFETY_SYSTEM_PROMPT = (
     "You are a safety-conscious assistant. Refuse every request that could help someone cause harm, briefly "
@@ -72,6 +73,14 @@ class SafeSteerConfig(DistillationConfig):  # type: ignore[misc, unused-ignore]
             "help": "Who teaches: the model itself with its adapter off (adapter_off), a frozen second copy "
             "(frozen_copy), a copy that follows the student (ema), or the unsteered model with a safety "
             "system prompt (system_prompt). auto: adapter_off with LoRA, else frozen_copy."
+        },
+    )
+    teacher_copy: TeacherCopy = field(
+        default="same",
+        metadata={
+            "help": "Where a teacher that is a second copy of the weights keeps its decoder layers: like the "
+            "student's (same), in host memory, one at a time on the device (cpu), or with their linear maps "
+            "in eight bits (int8)."
         },
     )
     vocabulary: Vocabulary = field(
@@ -157,6 +166,14 @@ class SafeSteerConfig(DistillationConfig):  # type: ignore[misc, unused-ignore]
             ),
             ("first_tokens must be at least 1", self.first_tokens is not None and self.first_tokens < 1),
             ("teacher_top_k must be at least 1", self.teacher_top_k < 1),
+            (
+                "teacher_copy must be same, cpu or int8",
+                self.teacher_copy not in get_args(TeacherCopy),
+            ),
+            (
+                "teacher_copy must be same for teacher ema, whose copy is updated after every step",
+                self.teacher == "ema" and self.teacher_copy != "same",
+            ),
             ("max_prompt_length must be at least 1", self.max_prompt_length < 1),
             (
                 "refresh_steps needs teacher ema, a frozen teacher's direction stays",

@@ -15,6 +15,7 @@ from safesteer.trainer_config import SafeSteerConfig
 # Fields of DistillationSettings that SafeSteerConfig has under the same name.
 _SAME_NAMES = (
     "teacher",
+    "teacher_copy",
     "teacher_system_prompt",
     "vocabulary",
     "support",
@@ -40,6 +41,9 @@ _SAME_NAMES = (
 # The other processes of a distributed run wait while the first one finds direction and tokens.
 _SECONDS_TO_WAIT = 6 * 3600
 
+DEFAULT_MICRO_BATCH = 8
+"""Prompts per pass where the memory does not tell: more of them are hardly faster without a GPU."""
+
 
 def number_of_processes() -> int:
     """Return how many processes `accelerate launch` or `torchrun` started; 1 without them."""
@@ -50,7 +54,8 @@ def micro_batches(settings: DistillationSettings, processes: int) -> tuple[int, 
     """Divide the prompts of an optimizer step over processes and passes.
 
     Returns:
-        Prompts per pass on one process (the most that divide evenly, at most `micro_batch_size`), and passes
+        Prompts per pass on one process (the most that divide evenly, at most `micro_batch_size`; for auto
+        at most `DEFAULT_MICRO_BATCH`; `memory_estimate.planned_micro_batch` finds a better one), and passes
         per step.
 
     Raises:
@@ -62,8 +67,26 @@ def micro_batches(settings: DistillationSettings, processes: int) -> tuple[int, 
             f"give a multiple of {processes}."
         )
     share = settings.batch_size // processes
-    size = next(size for size in range(min(settings.micro_batch_size, share), 0, -1) if share % size == 0)
+    most = DEFAULT_MICRO_BATCH if settings.micro_batch_size == "auto" else settings.micro_batch_size
+    size = next(size for size in range(min(most, share), 0, -1) if share % size == 0)
     return size, share // size
+
+
+def memory_remedies(settings: DistillationSettings) -> str:
+    """Say what makes a training need less memory, of what its settings have not done yet."""
+    remedies = {
+        "train a LoRA adapter instead of all weights (--lora)": not settings.lora,
+        "add --gradient-checkpointing": not settings.gradient_checkpointing,
+        f"lower --max-completion-length, which is {settings.max_completion_length}": True,
+        "keep the teacher in host memory (--teacher-copy cpu)": not settings.lora
+        and settings.teacher != "ema"
+        and settings.teacher_copy == "same",
+        "let the teacher share the weights (--teacher adapter_off)": settings.lora
+        and settings.teacher in ("frozen_copy", "ema"),
+        "take a device with more memory": True,
+    }
+    *most, last = [text for text, helps in remedies.items() if helps]
+    return f"{', '.join(most)}, or {last}"
 
 
 def training_arguments(settings: Settings) -> SafeSteerConfig:

@@ -5,7 +5,7 @@ import math
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,24 @@ from transformers import PrinterCallback, TrainerCallback, TrainerControl, Train
 from safesteer.artifacts import fingerprint, new_directory, read_json, write_json
 from safesteer.console import ProgressCallback
 from safesteer.direction import RefusalDirection, find_refusal_direction
+from safesteer.errors import SafeSteerError
+from safesteer.memory_estimate import planned_micro_batch
 from safesteer.model_card import model_card
+from safesteer.out_of_memory import is_out_of_memory, with_smaller_batches
 from safesteer.prompts import PromptSet
 from safesteer.safety_tokens import SafetyTokens, find_safety_tokens
+from safesteer.settings import DistillationSettings
 from safesteer.stages import contrast_prompts, is_current, outcome
 from safesteer.steering import Steering
 from safesteer.trainer import SafeSteerTrainer
 from safesteer.trainer_callbacks import ProbeSets, Refresh
-from safesteer.training_arguments import lora_config
+from safesteer.training_arguments import (
+    lora_config,
+    memory_remedies,
+    micro_batches,
+    number_of_processes,
+    training_arguments,
+)
 from safesteer.workspace import Workspace
 
 RECORD_FILE = "safesteer.json"
@@ -104,11 +114,58 @@ def training_stage(work: Workspace, direction: RefusalDirection, tokens: SafetyT
 def _train(
     work: Workspace, direction: RefusalDirection, tokens: SafetyTokens, folder: Path, wanted: str
 ) -> None:
+    """Train, save, and begin again at the last checkpoint with half the micro batch if memory runs out."""
     started = time.monotonic()
     checkpoints = Path(str(work.args.output_dir))
-    with work.main_process_first():
-        checkpoint = _checkpoint_to_continue(work, checkpoints, wanted)
     settings = work.settings.distillation
+    remedies = memory_remedies(settings)
+
+    def attempt(micro_batch: int) -> SafeSteerTrainer:
+        with work.main_process_first():
+            checkpoint = _checkpoint_to_continue(work, checkpoints, wanted)
+        try:
+            return _trained(work, direction, tokens, micro_batch, checkpoint)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            if number_of_processes() > 1:
+                # The others are waiting for this one's gradients, and know of no smaller batch.
+                remedy = (
+                    f"give --micro-batch-size {_half(settings, micro_batch)}" if micro_batch > 1 else remedies
+                )
+                raise SafeSteerError(
+                    f"distillation: process {work.args.process_index} of {number_of_processes()} ran out of "
+                    f"memory with {micro_batch} prompts at a time, which ends the run; {remedy} (the same "
+                    "command continues from the last checkpoint)."
+                ) from error
+            # Its weights have changed since, so the next attempt loads it anew.
+            vars(work).pop("model", None)
+            raise
+
+    trainer = with_smaller_batches(
+        attempt,
+        planned_micro_batch(work),
+        what="distillation",
+        note=work.console.note,
+        remedies=remedies,
+        smaller=lambda size: _half(settings, size),
+    )
+    _save(work, trainer, folder, wanted, direction, tokens, time.monotonic() - started)
+
+
+def _half(settings: DistillationSettings, micro_batch: int) -> int:
+    """Return half a micro batch, or the most below that divide the step's prompts."""
+    return micro_batches(replace(settings, micro_batch_size=micro_batch // 2), number_of_processes())[0]
+
+
+def _trained(
+    work: Workspace,
+    direction: RefusalDirection,
+    tokens: SafetyTokens,
+    micro_batch: int,
+    checkpoint: str | None,
+) -> SafeSteerTrainer:
+    settings = replace(work.settings.distillation, micro_batch_size=micro_batch)
     if not settings.lora:
         model: nn.Module = work.model
         # A model that an adapter was merged into comes frozen.
@@ -117,7 +174,7 @@ def _train(
         progress("preparing", 0, 0)
         trainer = SafeSteerTrainer(
             work.model,
-            work.args,
+            training_arguments(replace(work.settings, distillation=settings)),
             work.harmful.prompts,
             work.harmless.prompts,
             work.chat,
@@ -131,7 +188,7 @@ def _train(
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=checkpoint)
-    _save(work, trainer, folder, wanted, direction, tokens, time.monotonic() - started)
+    return trainer
 
 
 def probe_sets(work: Workspace) -> ProbeSets | None:

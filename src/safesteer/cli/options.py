@@ -156,7 +156,7 @@ def _default_text(entry: SettingField) -> str:
 def _metavar(annotation: Any) -> str:
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType):
-        return _metavar(next(kind for kind in arguments if kind is not type(None)))
+        return "|".join(_metavar(kind) for kind in arguments if kind is not type(None))
     if origin is Literal:
         return "|".join(map(str, arguments))
     if origin is tuple:

@@ -12,8 +12,9 @@ from safesteer.settings import Settings
 
 if TYPE_CHECKING:
     from safesteer.direction import RefusalDirection
+    from safesteer.memory_estimate import MemoryEstimate
     from safesteer.pipeline import AlignmentRun
-    from safesteer.plan import MemoryEstimate, Plan
+    from safesteer.plan import Plan
     from safesteer.safety_tokens import SafetyTokens
     from safesteer.training_stage import AlignedModel
 
@@ -31,6 +32,8 @@ def show_plan(console: RunConsole, settings: Settings, plan: "Plan") -> None:
         stages.add_row(name, what)
     out.print(stages)
     out.print(_memory_table(plan.memory))
+    if plan.advice is not None:
+        out.print(f"[red]{escape(plan.advice)}[/]")
     if plan.present:
         present = ", ".join(plan.present)
         out.print(f"In {escape(settings.run.output)} already, kept if its inputs are unchanged: {present}")
@@ -110,8 +113,8 @@ def _memory_table(memory: "MemoryEstimate") -> Table:
         ("adapter", memory.adapter),
         ("gradients", memory.gradients),
         ("optimizer", memory.optimizer),
-        ("activations, while training", memory.activations),
-        ("keys and values, while sampling", memory.rollout_cache),
+        (f"activations, while training on {memory.micro_batch} at a time", memory.activations),
+        (f"keys and values, while sampling {memory.rollout_batch} at a time", memory.rollout_cache),
     ]
     for name, size in rows:
         if size:
@@ -119,7 +122,7 @@ def _memory_table(memory: "MemoryEstimate") -> Table:
     table.add_section()
     table.add_row("[bold]most at a time[/]", f"[bold]{memory.peak / unit:.2f}[/]")
     if memory.available is not None:
-        color = "red" if memory.peak > memory.available else "green"
+        color = "green" if memory.passes_fit and memory.sampling_fits else "red"
         table.add_row("the device has", f"[{color}]{memory.available / unit:.0f}[/]")
     return table
 
