@@ -3,6 +3,7 @@
 Everything here works on any decoder-only model of transformers, bare or under a `PeftModel`.
 """
 
+import contextlib
 import hashlib
 import re
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from safesteer.artifacts import fingerprint
@@ -121,20 +123,16 @@ class Head:
 def language_head(model: nn.Module) -> Head:
     """Read the language-model head and what the model does to its logits.
 
-    The scale and the cap are read from the config as `trl.DistillationTrainer` reads them. A head that FSDP2
-    has sharded is gathered. Under a `PeftModel` whose `modules_to_save` hold the head, the trained copy is
+    The scale and the cap are read from the config as `trl.DistillationTrainer` reads them. A head that
+    FSDP2 or ZeRO-3 has sharded is to be read inside `head_gathered`; outside, FSDP2's is gathered for every
+    call and gets no gradient. Under a `PeftModel` whose `modules_to_save` hold the head, the trained copy is
     returned while the adapter is on and the original while it is off.
 
     Raises:
         SafeSteerError: If the model has no output embeddings, or an adapter sits on them.
     """
     inner = unwrapped(model)
-    module = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
-    if module is None:
-        raise SafeSteerError(
-            f"{type(inner).__name__} has no language-model head; load it as a causal language model of "
-            "transformers."
-        )
+    module = _head_module(model)
     if isinstance(module, BaseTunerLayer) and module.active_adapters and not module.disable_adapters:
         raise SafeSteerError(
             "an adapter sits on the language-model head, which the divergence reads as one matrix; leave the "
@@ -148,6 +146,30 @@ def language_head(model: nn.Module) -> Head:
         logit_scale=_logit_scale(config),
         softcap=getattr(config, "final_logit_softcapping", None),
     )
+
+
+@contextlib.contextmanager
+def head_gathered(model: nn.Module) -> Iterator[None]:
+    """Hold a model's head whole for a block where FSDP2 or ZeRO-3 keeps it in shards.
+
+    The divergence reads the head without calling it, so their hooks need not have gathered it. The gradient
+    to a trained head is reduced to the shards as any other, if the block runs inside the forward pass of the
+    model's wrapper. Elsewhere, and for a head that is whole already, nothing happens.
+
+    Raises:
+        SafeSteerError: If the model has no output embeddings.
+    """
+    module = _head_module(model)
+    weight, bias = module.weight, getattr(module, "bias", None)
+    if isinstance(module, FSDPModule) and isinstance(weight, DTensor):
+        module.unshard()
+        try:
+            yield
+        finally:
+            module.reshard()
+    else:
+        with _zero3_gathered(weight, bias):
+            yield
 
 
 def unwrapped(model: nn.Module) -> Any:
@@ -195,11 +217,12 @@ def model_fingerprint(model: nn.Module) -> str:
         weights.setdefault(id(weight), (name, weight))  # tied weights count once
     samples: dict[torch.device, list[Tensor]] = {}
     for name, weight in sorted(weights.values(), key=lambda pair: pair[0]):
-        digest.update(f"{name} {list(weight.shape)} {weight.dtype}\n".encode())
-        if weight.device.type != "meta":
-            flat = _gathered(weight.detach()).reshape(-1)
-            stride = max(1, flat.numel() // _SAMPLES_PER_WEIGHT)
-            samples.setdefault(flat.device, []).append(flat[::stride][:_SAMPLES_PER_WEIGHT].float())
+        with _zero3_gathered(weight):
+            digest.update(f"{name} {list(weight.shape)} {weight.dtype}\n".encode())
+            if weight.device.type != "meta":
+                flat = _gathered(weight.detach()).reshape(-1)
+                stride = max(1, flat.numel() // _SAMPLES_PER_WEIGHT)
+                samples.setdefault(flat.device, []).append(flat[::stride][:_SAMPLES_PER_WEIGHT].float())
     for parts in samples.values():
         # One copy per device: a copy per weight would wait for the GPU hundreds of times.
         digest.update(torch.cat(parts).cpu().numpy().tobytes())
@@ -238,9 +261,31 @@ def _logit_scale(config: Any) -> float:
     return float(scaling) if config.model_type == "hyperclovax" else 1.0 / float(scaling)
 
 
+def _head_module(model: nn.Module) -> Any:
+    inner = unwrapped(model)
+    module = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
+    if module is None:
+        raise SafeSteerError(
+            f"{type(inner).__name__} has no language-model head; load it as a causal language model of "
+            "transformers."
+        )
+    return module
+
+
 def _gathered(tensor: Tensor) -> Tensor:
-    """Return a plain tensor: FSDP2 keeps sharded ones, whose `full_tensor` is differentiable."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    """Return a plain tensor: FSDP2 keeps sharded ones."""
+    # Without gradient, since `full_tensor` would hand each shard its own process's instead of the average.
+    return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor
+
+
+def _zero3_gathered(*weights: Tensor | None) -> contextlib.AbstractContextManager[None]:
+    sharded = [weight for weight in weights if hasattr(weight, "ds_status")]  # DeepSpeed's mark
+    if not sharded:
+        return contextlib.nullcontext()
+    from trl.trainer.utils import maybe_gather_lm_head_ctx  # here, because it is slow to import
+
+    context: contextlib.AbstractContextManager[None] = maybe_gather_lm_head_ctx(*sharded)
+    return context
 
 
 # What a config says about how, not what, a model computes.
