@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import fsdp2_prepare_model
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
@@ -174,6 +175,11 @@ class SafeSteerTrainer(DistillationTrainer):  # type: ignore[misc, unused-ignore
         args, path = self.args, self._layer_path
         kind = args.teacher
         if kind == "ema":
+            if self.is_fsdp_enabled:
+                raise SafeSteerError(
+                    "teacher ema cannot follow a student that FSDP divides among devices; choose adapter_off or "
+                    "frozen_copy."
+                )
             return EmaTeacher(self._copy(self.model), steering, args.ema_rate, path)
         with_adapter = isinstance(self.model, PeftModel)
         steering = None if kind == "system_prompt" else steering
@@ -228,11 +234,14 @@ class SafeSteerTrainer(DistillationTrainer):  # type: ignore[misc, unused-ignore
         if kind != "same":
             placed: nn.Module = second  # where it belongs; preparing would move weights that wait elsewhere
             return placed
-        prepared: nn.Module = (
-            prepare_deepspeed(second, self.accelerator)
-            if self.is_deepspeed_enabled
-            else self.accelerator.prepare_model(second, evaluation_mode=True)
-        )
+        prepared: nn.Module
+        if self.is_deepspeed_enabled:
+            prepared = prepare_deepspeed(second, self.accelerator)
+        elif self.accelerator.is_fsdp2:
+            # As the student is; in evaluation mode `prepare_model` would leave a whole copy on every device.
+            prepared = fsdp2_prepare_model(self.accelerator, second)
+        else:
+            prepared = self.accelerator.prepare_model(second, evaluation_mode=True)
         return prepared
 
     # ---- sampling ------------------------------------------------------------------------------------------

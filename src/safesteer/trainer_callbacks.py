@@ -86,6 +86,9 @@ class ProbeCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     def _refusal_rate(self, prompts: Sequence[str]) -> float:
         trainer, accelerator = self.trainer, self.trainer.accelerator
         mine = prompts[accelerator.process_index :: accelerator.num_processes]
+        # Sharded weights are gathered by all processes together, so each samples as many responses.
+        share = -(-len(prompts) // accelerator.num_processes)
+        asked = [*mine, *prompts[: share - len(mine)]]
         refusals = 0
         with (
             unwrap_model_for_generation(
@@ -98,9 +101,9 @@ class ProbeCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
             sampling_seed(accelerator.device, 0),
             torch.no_grad(),
         ):
-            if mine:
-                answers = generate(student, trainer.chat, mine, max_new_tokens=trainer.args.probe_tokens)
-                refusals = sum(map(is_refusal, answers))
+            if asked:
+                answers = generate(student, trainer.chat, asked, max_new_tokens=trainer.args.probe_tokens)
+                refusals = sum(map(is_refusal, answers[: len(mine)]))
         counted = accelerator.reduce(torch.tensor(refusals, device=accelerator.device), reduction="sum")
         return float(counted) / len(prompts) if prompts else float("nan")
 
