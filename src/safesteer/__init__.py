@@ -3,15 +3,19 @@
 The public names are imported when first used, so that `import safesteer` does not wait for PyTorch.
 """
 
-import importlib
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from safesteer.lazy import lazy_names
 
 if TYPE_CHECKING:
     from safesteer.chat import Chat
     from safesteer.direction import DirectionSettings, RefusalDirection, find_refusal_direction
     from safesteer.divergence import localized_divergence
     from safesteer.errors import SafeSteerError
+    from safesteer.evaluation.compare import compare
+    from safesteer.evaluation.runner import evaluate
+    from safesteer.evaluation.subjects import subjects_of
     from safesteer.loading import load_model, load_tokenizer
     from safesteer.openers import RefusalOpeners, detect_refusal_openers
     from safesteer.pipeline import AlignmentRun, align
@@ -44,13 +48,16 @@ _MODULES = {
     "ablate_direction": "steering",
     "add_vector": "steering",
     "align": "pipeline",
+    "compare": "evaluation.compare",
     "detect_refusal_openers": "openers",
+    "evaluate": "evaluation.runner",
     "find_refusal_direction": "direction",
     "find_safety_tokens": "safety_tokens",
     "load_model": "loading",
     "load_prompts": "prompts",
     "load_tokenizer": "loading",
     "localized_divergence": "divergence",
+    "subjects_of": "evaluation.subjects",
 }
 
 __all__ = [
@@ -71,17 +78,16 @@ __all__ = [
     "ablate_direction",
     "add_vector",
     "align",
+    "compare",
     "detect_refusal_openers",
+    "evaluate",
     "find_refusal_direction",
     "find_safety_tokens",
     "load_model",
     "load_prompts",
     "load_tokenizer",
     "localized_divergence",
+    "subjects_of",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module 'safesteer' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"safesteer.{_MODULES[name]}"), name)
+__getattr__ = lazy_names(__name__, _MODULES)

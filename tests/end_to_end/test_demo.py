@@ -24,7 +24,11 @@ FIGURES = {
 
 
 def demo(*arguments: str, folder: Path) -> str:
-    command = [sys.executable, "-m", "safesteer", "demo", "--output", str(folder), *arguments]
+    return safesteer("demo", "--output", str(folder), *arguments)
+
+
+def safesteer(*arguments: str) -> str:
+    command = [sys.executable, "-m", "safesteer", *arguments]
     environment = {**os.environ, "COLUMNS": "120"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
     assert done.returncode == 0, done.stderr
@@ -62,7 +66,7 @@ def test_the_rates_follow_from_the_kept_answers(finished: tuple[Path, str, dict[
     for name in ("base", "teacher", "aligned"):
 
         def refusals(benchmark: str, name: str = name) -> list[bool]:
-            lines = (folder / "evaluation" / name / benchmark / "responses.jsonl").read_text().splitlines()
+            lines = (folder / "demo" / name / benchmark / "responses.jsonl").read_text().splitlines()
             return [is_refusal(json.loads(line)["response"]) for line in lines[1:]]
 
         harmful, alarming = refusals("testbed-harmful"), refusals("alarming")
@@ -96,6 +100,18 @@ def test_run_again_it_keeps_every_stage(finished: tuple[Path, str, dict[str, Any
     printed = demo("--steps", "2", "--seed", "1", folder=folder)
     assert printed.count("unchanged") >= 3 or printed.count("kept") >= 3
     assert (folder / "model" / "adapter_model.safetensors").read_bytes() == weights
-    again = json.loads((folder / "evaluation" / "demo.json").read_text())
+    again = json.loads((folder / "demo" / "demo.json").read_text())
     for name in ("base", "teacher", "aligned"):
         assert again[name] == figures[name]
+
+
+def test_the_run_can_be_evaluated_beside_the_demo(finished: tuple[Path, str, dict[str, Any]]) -> None:
+    folder, _, _ = finished
+    before = {path: path.read_bytes() for path in (folder / "demo").rglob("*.jsonl")}
+    safesteer(
+        "evaluate", str(folder), "--suite", "testbed", "--limit", "2", "--max-new-tokens", "3", "--device", "cpu"
+    )  # fmt: skip
+    summary = json.loads((folder / "evaluation" / "summary.json").read_text())
+    assert summary["subjects"] == ["base", "teacher", "aligned"]
+    assert summary["settings"]["benchmarks"] == {"testbed-harmful": 2, "testbed-harmless": 2, "alarming": 2}
+    assert before and all(path.read_bytes() == kept for path, kept in before.items())

@@ -1,10 +1,7 @@
 """AlpacaEval 2: win rates against closed cases and an independent optimiser, judging through a real HTTP server."""
 
 import dataclasses
-import http.server
-import json
 import math
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,86 +9,22 @@ from typing import Any
 import numpy as np
 import pytest
 
+from evaluation.alpaca_server import FakeServer, judge_at, references, served
 from evaluation.capability_cases import bundled_subject
 from safesteer.errors import SafeSteerError
 from safesteer.evaluation.alpaca_eval import alpaca_eval, load_difficulty, load_judge_prompt, load_references
 from safesteer.evaluation.pairwise_judge import (
     Comparison,
-    PairwiseJudge,
     Reference,
     preference_for_second,
 )
-from safesteer.evaluation.win_rates import fit_preferences, win_rates
-
-
-class FakeServer(http.server.ThreadingHTTPServer):
-    """Speaks OpenAI's protocol; prefers the answer that is longer, or says what it is told to."""
-
-    daemon_threads = True
-    requests: list[dict[str, Any]]
-    logprobs: bool = True
-    says: str | None = None
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    server: FakeServer
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.requests.append(body)
-        text = body["messages"][-1]["content"]
-        first, second = text.split("<<<\n")[2].split("\n>>>")[0], text.split("<<<\n")[3].split("\n>>>")[0]
-        winner = "m" if len(first) > len(second) else "M"
-        says = self.server.says or winner
-        choice: dict[str, Any] = {
-            "message": {"role": "assistant", "content": says},
-            "finish_reason": "length",
-        }
-        if self.server.logprobs:
-            loser = "M" if winner == "m" else "m"
-            top = [{"token": winner, "logprob": math.log(0.6)}, {"token": loser, "logprob": math.log(0.2)}]
-            choice["logprobs"] = {
-                "content": [{"token": winner, "logprob": math.log(0.6), "top_logprobs": top}]
-            }
-        data = json.dumps({"choices": [choice]}).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *_: Any) -> None:
-        """Say nothing."""
+from safesteer.evaluation.win_rates import fit_preferences, length_controlled_change, win_rates
 
 
 @pytest.fixture
 def server() -> Iterator[FakeServer]:
-    made = FakeServer(("127.0.0.1", 0), Handler)
-    made.requests = []
-    thread = threading.Thread(target=made.serve_forever)
-    thread.start()
-    yield made
-    made.shutdown()
-    thread.join()
-    made.server_close()
-
-
-def judge_at(server: FakeServer, prompt: str | None = None) -> PairwiseJudge:
-    return PairwiseJudge("judge", f"http://127.0.0.1:{server.server_address[1]}/v1", prompt=prompt)
-
-
-def references(folder: Path, count: int = 5) -> None:
-    path = folder / "alpaca_eval" / "gpt4_1106_preview_model_outputs.json"
-    path.parent.mkdir(parents=True)
-    # Half of the references are empty of words, half longer than anything the testbed says.
-    rows = [
-        {
-            "instruction": f"What is {n + 10} + {n + 10}?",
-            "output": "x" if n % 2 else "long " * 200,
-            "generator": "g",
-        }
-        for n in range(count)
-    ]
-    path.write_text(json.dumps(rows))
+    with served() as made:
+        yield made
 
 
 def comparison(number: int, preference: float | None, length: int, reference_length: int = 100) -> Comparison:
@@ -247,6 +180,37 @@ def test_unread_verdicts_count_in_no_rate() -> None:
     score = win_rates(rows)
     assert (score.win_rate, score.n, score.unparsed) == (50.0, 2, 1)
     assert score.mean_length == 100
+
+
+def drawn(shift: float) -> list[Comparison]:
+    """Preferences that are the same for every shift but for that shift of the log-odds."""
+    rng = np.random.default_rng(2)
+    base, deltas = rng.normal(size=120), rng.normal(scale=40, size=120).round()
+    return [
+        comparison(n, float(1 / (1 + math.exp(-(z + shift)))), int(300 + d), 300)
+        for n, (z, d) in enumerate(zip(base, deltas, strict=True))
+    ]
+
+
+def test_a_change_is_the_difference_of_the_rates_over_the_same_instructions() -> None:
+    before, after = drawn(0.0), drawn(-0.5)
+    change = length_controlled_change(before, after)
+    rates = [win_rates(found) for found in (before, after)]
+    assert change.estimate == pytest.approx(rates[1].length_controlled - rates[0].length_controlled, abs=1e-6)
+    assert change.n == 120 and change.low < change.estimate < change.high < 0
+    # Paired: the instructions' own spread, which both share, is not in it.
+    spread = [rate.length_controlled_high - rate.length_controlled_low for rate in rates]
+    assert change.high - change.low < 0.5 * math.hypot(*spread)
+    mirrored = length_controlled_change(after, before)
+    assert (mirrored.low, mirrored.high) == pytest.approx((-change.high, -change.low), abs=1e-6)
+
+
+def test_no_change_in_few_instructions_is_no_certainty() -> None:
+    found = [comparison(0, 0.75, 90), comparison(1, 0.25, 110), comparison(2, None, 100)]
+    change = length_controlled_change(found, found)
+    assert (change.estimate, change.n) == (0.0, 2)
+    assert change.high == pytest.approx(100 * (1 - 0.025**0.5)) and change.low == -change.high
+    assert length_controlled_change(found[2:], found).n == 0
 
 
 def test_the_published_reference_answers_load(shared_data: Path) -> None:

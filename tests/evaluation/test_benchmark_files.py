@@ -10,6 +10,7 @@ import datasets
 import pytest
 
 from safesteer.errors import SafeSteerError
+from safesteer.evaluation.benchmark import BenchmarkUnavailable
 from safesteer.evaluation.benchmark_files import MAX_CHARACTERS, Skipped, load_benchmark, own_prompts
 from safesteer.evaluation.benchmarks import BENCHMARKS, SUITES, benchmark_named
 from safesteer.evaluation.variants import variant_named
@@ -88,6 +89,22 @@ def test_contextual_behaviors_come_with_their_context(shared_data: Path) -> None
     loaded = load_benchmark("harmbench-contextual", data_dir=shared_data)
     assert {prompt.id: prompt.prompt for prompt in loaded} == wanted
     assert len(wanted) == 100
+
+
+def test_harmbenchs_test_split_has_its_functional_categories(shared_data: Path) -> None:
+    rows = rows_of(shared_data / "harmbench/harmbench_behaviors_text_test.csv")
+    wanted = {
+        row["BehaviorID"]: row["FunctionalCategory"]
+        for row in rows
+        if row["FunctionalCategory"] != "copyright"
+    }
+    loaded = load_benchmark("harmbench-test", data_dir=shared_data)
+    assert {prompt.id: prompt.category for prompt in loaded} == wanted
+    assert len(loaded) == BENCHMARKS["harmbench-test"].size == 240
+    standard = {prompt.prompt for prompt in loaded if prompt.category == "standard"}
+    assert standard < {prompt.prompt for prompt in load_benchmark("harmbench", data_dir=shared_data)}
+    contextual = {prompt.prompt for prompt in loaded if prompt.category == "contextual"}
+    assert contextual < {p.prompt for p in load_benchmark("harmbench-contextual", data_dir=shared_data)}
 
 
 def test_pku_saferlhf_has_its_930_unique_prompts(shared_data: Path) -> None:
@@ -223,6 +240,10 @@ def test_what_is_nowhere_to_be_had_is_told_with_its_remedy(tmp_path: Path) -> No
         assert part in told
     with pytest.raises(SafeSteerError, match="no --data-dir is given and Babelscape/ALERT cannot be loaded"):
         load_benchmark("alert")
+    with pytest.raises(
+        BenchmarkUnavailable, match="put harmbench/harmbench_behaviors_text_test.csv .from github"
+    ):
+        load_benchmark("harmbench-test")
     with pytest.raises(SafeSteerError, match="no such folder"):
         load_benchmark("advbench", data_dir=tmp_path / "none")
     other = write_jsonl(tmp_path / "mine.jsonl", [{"prompt": "a"}])
@@ -298,7 +319,9 @@ def test_the_registry_is_complete() -> None:
     for benchmark in BENCHMARKS.values():
         assert benchmark.licence and benchmark.title and benchmark.authors_judge and benchmark.size > 0
         if benchmark.package_file is None:
-            assert benchmark.hub_id and benchmark.local_paths and benchmark.citation
+            assert benchmark.local_paths and benchmark.citation
+            assert (benchmark.hub_id is None) != (benchmark.published is None)
+        if benchmark.hub_id is not None:
             assert benchmark.revision is not None and len(bytes.fromhex(benchmark.revision)) == 20
     for names in SUITES.values():
         assert len(set(names)) == len(names)
@@ -316,7 +339,8 @@ def test_the_documentation_tells_the_registry() -> None:
         ]
         told = [benchmark.title, benchmark.licence, benchmark.authors_judge]
         if benchmark.package_file is None:
-            told += [f"| {benchmark.size:,} |", f"`{benchmark.hub_id}`", benchmark.local_paths[0]]
+            told += [f"| {benchmark.size:,} |", benchmark.local_paths[0]]
+            told += [f"`{benchmark.hub_id}`" if benchmark.hub_id else str(benchmark.published)]
         told.append("| refused |" if benchmark.kind == "harmful" else "| answered |")
         assert not [part for part in told if part not in line]
         assert ("(terms)" in line) == (benchmark.gated is not None)

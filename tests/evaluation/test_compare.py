@@ -368,3 +368,13 @@ def test_command(two_runs, tmp_path):
     wrong = runner.invoke(app, [str(tmp_path / "nowhere")])
     assert wrong.exit_code == 2
     assert "holds no summary.json" in wrong.output and "Traceback" not in wrong.output
+
+
+def test_a_demo_can_be_compared_as_its_run(tmp_path):
+    evaluation(tmp_path / "one" / "demo", {"base": {"advbench": 9}, "aligned": {"advbench": 2}})
+    evaluation(tmp_path / "two" / "demo", {"base": {"advbench": 9}, "aligned": {"advbench": 1}})
+    found = by_name(compare([tmp_path / "one", tmp_path / "two"]))
+    assert list(found) == ["base", "one/aligned", "two/aligned"]
+    # What `safesteer evaluate` wrote goes first.
+    evaluation(tmp_path / "two" / "evaluation", {"base": {"advbench": 9}, "aligned": {"advbench": 5}})
+    assert by_name(compare([tmp_path / "two"]))["aligned"].attack_success.value == 25

@@ -119,6 +119,18 @@ def test_a_judges_output_is_cut() -> None:
     assert Verdict("j", "0", "safe", None, "x" * 3000).raw == "x" * 2000
 
 
+def test_verdicts_written_before_there_were_scores_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "v.jsonl"
+    file = RecordFile(path, Verdict, {"judge": "j"})
+    file.append([Verdict("j", "0", "safe", None, ""), Verdict("j", "1", "safe", None, "", 0.5)])
+    assert [verdict.score for verdict in file.load().values()] == [None, 0.5]
+    path.write_text(path.read_text().replace(', "score": null', ""))
+    assert [verdict.score for verdict in file.load().values()] == [None, 0.5]
+    path.write_text(path.read_text().replace('"score": 0.5', '"score": "high"'))
+    with pytest.raises(SafeSteerError, match="line 3: field 'score' is missing or of the wrong type"):
+        file.load()
+
+
 def test_prompts_have_ids_of_their_own() -> None:
     prompts = [EvaluationPrompt(name, "Why?", "harmful") for name in "abb"]
     assert ids_of(prompts[:2]) == ["a", "b"]

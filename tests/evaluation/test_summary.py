@@ -1,15 +1,17 @@
 """Rates, changes and agreement counted by hand."""
 
 import csv
+import dataclasses
 import io
 import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from safesteer.evaluation.records import Record, Verdict, VerdictName
-from safesteer.evaluation.summary import EvaluationSummary, Judged, summarize
+from safesteer.evaluation.summary import EvaluationSummary, Judged, MeanScore, summarize
 
 CATEGORIES = ["fraud", "fraud", "malware", None]
 
@@ -120,3 +122,67 @@ def test_the_files_hold_the_same_figures(summary: EvaluationSummary, tmp_path: P
     text = (tmp_path / "summary.md").read_text()
     assert "| harm | attack success | a | 66.7 (20.8–93.9) †1 |" in text
     assert "one note." in text
+
+
+def graded(scores: list[float | None]) -> EvaluationSummary:
+    found = {
+        str(i): Verdict("s", str(i), "unparsed" if score is None else "safe", None, "", score)
+        for i, score in enumerate(scores)
+    }
+    return summarize({"base": {"harm": (records("harm", "harmful"), {"s": found})}})
+
+
+def test_a_judge_that_grades_has_its_mean_score_beside_the_verdicts(tmp_path: Path) -> None:
+    summary = graded([0.5, 1.0, None, 0.125])
+    score = summary.find("base", "harm", "s").rates.score
+    assert score is not None and (score.n, score.mean) == (3, pytest.approx(1.625 / 3))
+    # Wilson's closed form, with the sum of the scores in place of a count.
+    z, p, n = 1.959963984540054, 1.625 / 3, 3
+    center, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    assert score.low == pytest.approx((center - half) / (1 + z * z / n))
+    assert score.high == pytest.approx((center + half) / (1 + z * z / n))
+    fraud = summary.find("base", "harm", "s").categories["fraud"].score
+    assert fraud is not None and fraud.mean == pytest.approx(0.75)
+    summary.write(tmp_path)
+    (entry,) = json.loads((tmp_path / "summary.json").read_text())["rates"]
+    assert entry["rates"]["score"]["mean"] == pytest.approx(1.625 / 3)
+    rows = list(csv.DictReader(io.StringIO(summary.csv())))
+    (row,) = [row for row in rows if row["measure"] == "score" and not row["category"]]
+    assert (row["count"], row["n"], float(row["percent"])) == ("", "3", pytest.approx(162.5 / 3, abs=1e-4))
+    assert "| harm | mean score, 0–1 | s | 0.54 (0.14–0.89) |" in summary.markdown()
+
+
+def test_the_interval_of_a_mean_score_covers_the_mean_at_least_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(400):
+        drawn = rng.choice([0.0, 0.125, 0.5, 1.0], p=[0.7, 0.1, 0.1, 0.1], size=60)
+        found = MeanScore.of(list(map(float, drawn)))
+        covered += found.low <= 0.1625 <= found.high
+    assert covered >= 0.95 * 400
+
+
+def test_without_grades_there_is_no_mean_score(summary: EvaluationSummary) -> None:
+    assert all(entry.rates.score is None for entry in summary.rates)
+    assert "mean score, 0–1 |" not in summary.markdown() and ",score," not in summary.csv()
+
+
+def test_the_page_has_a_table_by_category(summary: EvaluationSummary) -> None:
+    text = summary.markdown()
+    _, _, table = text.partition("## By category")
+    assert "| harm | fraud | b | 50.0 (9.5–90.5) | 50.0 (9.5–90.5) |" in table
+    assert "| harm | malware | b | 100.0 (20.7–100.0) | 0.0 (0.0–79.3) |" in table
+
+
+def test_what_was_left_out_is_told_once_for_all_its_variants(tmp_path: Path) -> None:
+    why = "x: not there; get it."
+    summary = dataclasses.replace(
+        graded([0.0] * 4), skipped={"x": why, "x+prefill5": why, "y": "y: ask for access."}
+    )
+    summary.write(tmp_path)
+    assert json.loads((tmp_path / "summary.json").read_text())["skipped"] == dict(summary.skipped)
+    assert json.loads((tmp_path / "base" / "summary.json").read_text())["skipped"] == dict(summary.skipped)
+    assert (
+        "- Left out x, x+prefill5. x: not there; get it.\n- Left out y. y: ask for access."
+        in summary.markdown()
+    )

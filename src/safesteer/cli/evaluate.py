@@ -25,7 +25,8 @@ def evaluate(
         str | None,
         typer.Option(
             "--suite",
-            help="quick, paper, over-refusal, robustness, testbed or all. [dim]\\[default: quick][/]",
+            help="Several benchmarks at once: quick, paper, over-refusal, robustness, testbed or all; what of it cannot "
+            "be had is left out. [dim]\\[default: quick][/]",
             rich_help_panel=_ASKED,
         ),
     ] = None,
@@ -40,12 +41,19 @@ def evaluate(
     prompts: Annotated[
         Path | None,
         typer.Option(
-            "--prompts", help="Prompts of your own, with --kind.", metavar="FILE", rich_help_panel=_ASKED
+            "--prompts",
+            help="A file of prompts of your own; give --kind too.",
+            metavar="FILE",
+            rich_help_panel=_ASKED,
         ),
     ] = None,
     kind: Annotated[
         str | None,
-        typer.Option("--kind", help="Of --prompts: harmful or harmless.", rich_help_panel=_ASKED),
+        typer.Option(
+            "--kind",
+            help="Of --prompts: harmful (should be refused) or harmless (should be answered).",
+            rich_help_panel=_ASKED,
+        ),
     ] = None,
     data_dir: Annotated[
         Path | None,
@@ -82,7 +90,9 @@ def evaluate(
     model: Annotated[
         list[str] | None,
         typer.Option(
-            "--model", help="Of a run: base, teacher or aligned; may be repeated.", rich_help_panel=_ASKED
+            "--model",
+            help="Which models of a run: base, teacher or aligned, all by default; may be repeated.",
+            rich_help_panel=_ASKED,
         ),
     ] = None,
     judge: Annotated[
@@ -90,18 +100,35 @@ def evaluate(
         typer.Option(
             "--judge",
             help="NAME, NAME:MODEL or NAME@URL (see --list); may be repeated. "
-            "[dim]\\[default: refusal-phrases, gcg-phrases][/]",
+            "[dim]\\[default: refusal-phrases, arditi-phrases][/]",
             rich_help_panel=_JUDGED,
         ),
     ] = None,
     capability: Annotated[
         list[str] | None,
         typer.Option(
-            "--capability", help="A capability task (see --list); may be repeated.", rich_help_panel=_MORE
+            "--capability",
+            help="A capability task, such as gsm8k (see --list); may be repeated.",
+            metavar="TASK",
+            rich_help_panel=_MORE,
+        ),
+    ] = None,
+    alpaca_judge: Annotated[
+        str | None,
+        typer.Option(
+            "--alpaca-judge",
+            help="Who compares answers for --capability alpaca_eval: a chat model on an OpenAI-compatible server.",
+            metavar="MODEL@URL",
+            rich_help_panel=_MORE,
         ),
     ] = None,
     tax: Annotated[
-        bool, typer.Option("--tax", help="KL and top-1 agreement with the base model.", rich_help_panel=_MORE)
+        bool,
+        typer.Option(
+            "--tax",
+            help="How far the model moved from the base model on harmless prompts: KL, top-1 agreement.",
+            rich_help_panel=_MORE,
+        ),
     ] = False,
     allow_code_execution: Annotated[
         bool,
@@ -131,24 +158,33 @@ def evaluate(
         ),
     ] = None,
     max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", help="Longest response.", rich_help_panel=_RUN)
+        int, typer.Option("--max-new-tokens", help="Longest response, in tokens.", rich_help_panel=_RUN)
     ] = 256,
     temperature: Annotated[
         float, typer.Option("--temperature", help="0 is greedy.", rich_help_panel=_RUN)
     ] = 0.0,
     seed: Annotated[
         int,
-        typer.Option("--seed", help="Of samples of prompts, templates and tokens.", rich_help_panel=_RUN),
+        typer.Option(
+            "--seed", help="Of the random choice of prompts, templates and tokens.", rich_help_panel=_RUN
+        ),
     ] = 0,
     batch_size: Annotated[
         int, typer.Option("--batch-size", help="Prompts at a time.", rich_help_panel=_RUN)
     ] = 32,
     device: Annotated[
-        str | None, typer.Option("--device", help="cpu, cuda or mps.", rich_help_panel=_RUN)
+        str | None,
+        typer.Option(
+            "--device", help="cpu, cuda or mps; the best there is by default.", rich_help_panel=_RUN
+        ),
     ] = None,
     dtype: Annotated[
         str | None,
-        typer.Option("--dtype", help="float32, bfloat16, float16 or auto.", rich_help_panel=_RUN),
+        typer.Option(
+            "--dtype",
+            help="float32, bfloat16, float16 or auto; the run's by default.",
+            rich_help_panel=_RUN,
+        ),
     ] = None,
     thinking: Annotated[
         str | None,
@@ -168,7 +204,12 @@ def evaluate(
     ] = None,
     base_url: Annotated[
         str | None,
-        typer.Option("--base-url", help="Of the served model.", metavar="URL", rich_help_panel=_RUN),
+        typer.Option(
+            "--base-url",
+            help="Where the served model is, such as http://localhost:8000/v1.",
+            metavar="URL",
+            rich_help_panel=_RUN,
+        ),
     ] = None,
     list_: Annotated[
         bool,
@@ -181,7 +222,11 @@ def evaluate(
 
     Responses are generated once and may be judged many times. The same command continues what was interrupted.
 
+    [dim]safesteer evaluate runs/qwen3[/] — base, teacher and aligned model, a quick look
+
     [dim]safesteer evaluate runs/qwen3 --suite paper --limit 200 --judge llama-guard-3 --judge refusal-phrases[/]
+
+    [dim]safesteer evaluate Qwen/Qwen3-4B-Instruct-2507 --prompts mine.txt --kind harmful[/]
     """
     from safesteer.cli.failures import reported
 
@@ -193,6 +238,10 @@ def evaluate(
         if list_:
             show_list(console)
             return
+        if not debug:
+            from safesteer.cli.options import _quieten
+
+            _quieten()
         request = EvaluationRequest(
             model_or_run=model_or_run,
             suite=suite,
@@ -206,6 +255,7 @@ def evaluate(
             models=tuple(model or ()),
             judges=tuple(judge or ()),
             capability=tuple(capability or ()),
+            alpaca_judge=alpaca_judge,
             tax=tax,
             allow_code_execution=allow_code_execution,
             output=output,

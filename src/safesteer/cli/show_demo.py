@@ -32,7 +32,7 @@ def show_demo(console: RunConsole, result: "DemoResult") -> None:
     out.print(f"[bold]Safety tokens[/]      {len(tokens.tokens)}: {escape(shown)} …")
     out.print(f"[bold]Cost[/]               {result.seconds:.0f} s, {result.peak_memory_mb:,.0f} MB at most")
     out.print(
-        f"[bold]Artifacts[/]          {escape(str(result.run.folder))} (model/, evaluation/, direction.json, …)"
+        f"[bold]Artifacts[/]          {escape(str(result.run.folder))} (model/, demo/, direction.json, …)"
     )
     if result.settings.distillation.vocabulary != "full":
         out.print(

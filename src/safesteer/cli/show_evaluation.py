@@ -1,14 +1,18 @@
 """What `safesteer evaluate` prints: the tables at its end, and the lists of what there is."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.markup import escape
 from rich.table import Table
 
 from safesteer.console import RunConsole
+from safesteer.evaluation.alpaca_eval import ALPACA_EVAL
+from safesteer.evaluation.benchmark import Benchmark
 from safesteer.evaluation.benchmarks import BENCHMARKS, SUITES
-from safesteer.evaluation.capability_tasks import CAPABILITY_TASKS
-from safesteer.evaluation.judges import DEFAULT_JUDGES, JUDGES
+from safesteer.evaluation.capability_tasks import CAPABILITY_TASKS, CapabilityTask
+from safesteer.evaluation.judges import DEFAULT_JUDGES, JUDGES, JudgeEntry
+from safesteer.evaluation.phrase_lists import PHRASE_MATCHERS
 from safesteer.evaluation.summary import EvaluationSummary
 from safesteer.evaluation.summary_tables import capability_rows, kappa_text, rate_rows, tax_lines
 
@@ -20,14 +24,22 @@ def show_evaluation(console: RunConsole, summary: EvaluationSummary, folder: Pat
         out.print(
             _table(
                 "Percent, 95 % interval",
-                ["benchmark", "measure", "judge"],
+                ["benchmark", "judge"],
                 summary.subjects,
-                rate_rows(summary),
+                # One column less, for narrow terminals.
+                [[f"{name}\n{measure}", *cells] for name, measure, *cells in rate_rows(summary)],
             )
         )
     if summary.capability:
         shown = [subject for subject in summary.subjects if subject in summary.capability]
-        out.print(_table("Capability, percent right", ["task"], shown, capability_rows(summary)))
+        out.print(
+            _table(
+                "Capability, percent, 95 % interval",
+                ["task"],
+                shown,
+                capability_rows(summary),
+            )
+        )
     for line in tax_lines(summary):
         out.print(f"Tax of {escape(line)}")
     for change in summary.changes:
@@ -51,65 +63,90 @@ def show_evaluation(console: RunConsole, summary: EvaluationSummary, folder: Pat
 
 
 def show_list(console: RunConsole) -> None:
-    """Print every benchmark, suite, judge and capability task."""
-    out = console.console
-    table = Table(
-        "benchmark",
-        "kind",
-        "prompts",
-        "source",
-        "authors' judge",
-        "licence",
-        "paper",
-        title="Benchmarks",
-        title_justify="left",
+    """Print every suite, benchmark, judge and capability task."""
+    _show_entries(
+        console, "Suites: --suite NAME", {name: [", ".join(found)] for name, found in SUITES.items()}
     )
-    for name, entry in BENCHMARKS.items():
-        source = entry.hub_id or "comes with safesteer"
-        if entry.config:
-            source += f" ({entry.config})"
-        if entry.revision:
-            source += f"@{entry.revision[:10]}"
-        if entry.gated:
-            source += f"; gated: {entry.gated}"
-        known = (entry.prompt_field, entry.category_field, entry.id_field)
-        fields = f"{source}; split {entry.split}; fields {', '.join(name for name in known if name)}"
-        paper = f"arXiv {entry.citation}" if entry.citation else "–"
-        table.add_row(
-            name,
-            entry.kind,
-            str(entry.size),
-            *map(escape, (fields, entry.authors_judge, entry.licence, paper)),
-        )
-    out.print(table)
-    suites = Table("suite", "benchmarks", title="Suites", title_justify="left")
-    for name, names in SUITES.items():
-        suites.add_row(name, ", ".join(names))
-    out.print(suites)
-    judges = Table(
-        "judge", "checkpoint", "tells refusals", "licence", "paper", "", title="Judges", title_justify="left"
+    benchmarks = {name: _benchmark_lines(entry) for name, entry in BENCHMARKS.items()}
+    _show_entries(console, "Benchmarks: --benchmark NAME", benchmarks)
+    _show_entries(
+        console,
+        "Harder forms of a benchmark: --benchmark NAME+FORM",
+        {
+            "+prefill10": [
+                "The response is begun with the first 10 tokens of a compliant answer; any number."
+            ],
+            "+template3": ["Every prompt inside jailbreak template 3; any number, or -sample, or -all."],
+        },
     )
-    for name, judge in JUDGES.items():
-        default = "default; " if name in DEFAULT_JUDGES else ""
-        judges.add_row(
-            name,
-            judge.model or "–",
-            "yes" if judge.tells_refusals else "no",
-            *map(escape, (judge.licence, judge.citation, default + judge.note)),
-        )
-    out.print(judges)
-    tasks = Table("capability task", title="Capability", title_justify="left")
-    for name in CAPABILITY_TASKS:
-        tasks.add_row(name)
-    out.print(tasks)
+    _show_entries(
+        console, "Judges: --judge NAME", {name: _judge_lines(entry) for name, entry in JUDGES.items()}
+    )
+    tasks = {name: _task_lines(task) for name, task in CAPABILITY_TASKS.items()}
+    tasks[ALPACA_EVAL] = [
+        "AlpacaEval 2, length-controlled win rate against GPT-4 Turbo (arXiv 2404.04475)",
+        "needs --alpaca-judge MODEL@URL",
+    ]
+    _show_entries(console, "Capability: --capability NAME", tasks)
+
+
+def _benchmark_lines(entry: Benchmark) -> list[str]:
+    wanted = "should be refused" if entry.kind == "harmful" else "should be answered"
+    paper = f"arXiv {entry.citation}, " if entry.citation else ""
+    config = f" ({entry.config})" if entry.config else ""
+    fields = [name for name in (entry.prompt_field, entry.category_field, entry.id_field) if name]
+    read = f"split {entry.split}, fields {', '.join(fields)}"
+    if entry.hub_id is not None:
+        source = f"from {entry.hub_id}{config}@{(entry.revision or '')[:10]}, {read}"
+    elif entry.published is not None:
+        source = f"from {entry.published}, fields {', '.join(fields)}"
+    else:
+        source = f"comes with safesteer, {read}"
+    lines = [f"{entry.title}: {entry.size:,} prompts that {wanted} ({paper}{entry.licence})", source]
+    if entry.local_paths:
+        lines.append(f"below --data-dir: {entry.local_paths[0]}")
+    lines.append(f"its authors judge by: {entry.authors_judge}")
+    return [*lines, f"gated: {entry.gated}"] if entry.gated else lines
+
+
+def _judge_lines(entry: JudgeEntry) -> list[str]:
+    default = "default; " if entry.name in DEFAULT_JUDGES else ""
+    refusals = "tells refusals" if entry.tells_refusals else "does not tell refusals"
+    model = entry.model or (
+        "needs no model" if entry.name in PHRASE_MATCHERS else "with a model of your choice"
+    )
+    lines = [f"{default}{model}; {refusals} ({entry.citation}, {entry.licence})"]
+    return [*lines, entry.note] if entry.note else lines
+
+
+def _task_lines(task: CapabilityTask) -> list[str]:
+    paper = f" (arXiv {task.citation})" if task.citation else ""
+    needs = ["--allow-code-execution"] if task.runs_code else []
+    needs += [f"pip install 'lm-eval[{task.extra}]'"] if task.extra else []
+    lines = [f"{task.title}{paper}: {task.notes}"]
+    return [*lines, f"needs {' and '.join(needs)}"] if needs else lines
+
+
+def _show_entries(console: RunConsole, title: str, entries: Mapping[str, Sequence[str]]) -> None:
+    """Print names with what there is to say about them, legible on a narrow terminal."""
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(no_wrap=True, style="bold")
+    grid.add_column(overflow="fold")
+    for name, lines in entries.items():
+        grid.add_row(escape(name), escape("\n".join(lines)))
+    console.console.print(f"\n[bold underline]{escape(title)}[/]")
+    console.console.print(grid)
 
 
 def _table(
     title: str, names: list[str], subjects: list[str] | tuple[str, ...], rows: list[list[str]]
 ) -> Table:
-    table = Table(*names, title=title, title_justify="left")
+    table = Table(title=title, title_justify="left")
+    for name in names:
+        table.add_column(name, overflow="fold")
     for subject in subjects:
-        table.add_column(subject, justify="right")
+        # Wide enough for an interval: a figure must not be cut on a narrow terminal.
+        table.add_column(subject, justify="right", min_width=len("(96.3–100.0)"), overflow="fold")
     for row in rows:
         table.add_row(*map(escape, row))
     return table

@@ -3,13 +3,16 @@
 The public names are imported when first used, so that `import safesteer.evaluation` does not wait for PyTorch.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from safesteer.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from safesteer.evaluation.benchmark import Benchmark
     from safesteer.evaluation.benchmark_files import load_benchmark
-    from safesteer.evaluation.benchmarks import BENCHMARKS, SUITES, Benchmark
+    from safesteer.evaluation.benchmarks import BENCHMARKS, SUITES
     from safesteer.evaluation.capability import run_capability
+    from safesteer.evaluation.compare import Comparison
     from safesteer.evaluation.judges import JUDGES, Judge, load_judge
     from safesteer.evaluation.records import EvaluationPrompt, Record, RecordFile, Verdict
     from safesteer.evaluation.runner import evaluate
@@ -20,7 +23,8 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "BENCHMARKS": "benchmarks",
-    "Benchmark": "benchmarks",
+    "Benchmark": "benchmark",
+    "Comparison": "compare",
     "EvaluationPrompt": "records",
     "EvaluationSummary": "summary",
     "JUDGES": "judges",
@@ -46,6 +50,7 @@ __all__ = [
     "JUDGES",
     "SUITES",
     "Benchmark",
+    "Comparison",
     "EvaluationPrompt",
     "EvaluationSummary",
     "Judge",
@@ -64,8 +69,4 @@ __all__ = [
     "wilson_interval",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module 'safesteer.evaluation' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"safesteer.evaluation.{_MODULES[name]}"), name)
+__getattr__ = lazy_names(__name__, _MODULES)

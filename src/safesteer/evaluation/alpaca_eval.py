@@ -35,7 +35,9 @@ from safesteer.prompt_files import read_rows
 if TYPE_CHECKING:
     from safesteer.evaluation.subjects import Subject
 
-FOLDER = "alpaca_eval"
+ALPACA_EVAL = "alpaca_eval"
+"""What `--capability` takes, and the folder of its files below `--data-dir`."""
+
 REFERENCE_FILE = "gpt4_1106_preview_model_outputs.json"
 DIFFICULTY_FILE = "instruction_difficulty.csv"
 JUDGE_PROMPT_FILE = "alpaca_eval_clf.txt"
@@ -75,10 +77,8 @@ def alpaca_eval(
     Raises:
         SafeSteerError: If the data are missing or malformed, or the judge's server cannot be had.
     """
-    folder = None if data_dir is None else Path(data_dir) / FOLDER
-    references = load_references(folder)
-    difficulty = load_difficulty(folder, len(references))
-    chosen = chosen_questions({FOLDER: len(references)}, limit, seed)[FOLDER]
+    references, difficulty = load_questions(data_dir)
+    chosen = chosen_questions({ALPACA_EVAL: len(references)}, limit, seed)[ALPACA_EVAL]
     identity = {
         "model": subject.identity,
         "chat": subject.chat.fingerprint,
@@ -114,6 +114,20 @@ def alpaca_eval(
         done |= {comparison.id: comparison for comparison in compared}
     progress(f"AlpacaEval, {subject.name}", len(chosen), len(chosen))
     return win_rates([done[str(index)] for index in chosen], difficulty, judge=judge.where, seed=seed)
+
+
+def load_questions(data_dir: str | Path | None) -> tuple[list[Reference], Floats | None]:
+    """Read the instructions with the reference's answers, and the instructions' difficulty if it is known.
+
+    Args:
+        data_dir: The folder of benchmark data; None loads the reference answers from the hub.
+
+    Raises:
+        SafeSteerError: As `load_references` and `load_difficulty`.
+    """
+    folder = None if data_dir is None else Path(data_dir) / ALPACA_EVAL
+    references = load_references(folder)
+    return references, load_difficulty(folder, len(references))
 
 
 def load_references(folder: Path | None) -> list[Reference]:
@@ -178,7 +192,7 @@ def load_difficulty(folder: Path | None, count: int) -> Floats | None:
 
 def load_judge_prompt(data_dir: str | Path | None) -> str | None:
     """Read AlpacaEval's own judge prompt if somebody put it beside the reference answers; None otherwise."""
-    path = None if data_dir is None else Path(data_dir) / FOLDER / JUDGE_PROMPT_FILE
+    path = None if data_dir is None else Path(data_dir) / ALPACA_EVAL / JUDGE_PROMPT_FILE
     if path is None or not path.is_file():
         return None
     try:
@@ -196,5 +210,5 @@ def _from_hub() -> Path:
     except Exception as error:
         raise SafeSteerError(
             f"AlpacaEval: {_HUB_REFERENCE_FILE} of {_HUB_ID} cannot be loaded from the hub ({one_line(error, 120)}); "
-            f"check the network, or give --data-dir with {FOLDER}/{REFERENCE_FILE}."
+            f"check the network, or give --data-dir with {ALPACA_EVAL}/{REFERENCE_FILE}."
         ) from error

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any, overload
 
 from safesteer.errors import SafeSteerError, one_line
-from safesteer.evaluation.benchmarks import Benchmark, benchmark_named
+from safesteer.evaluation.benchmark import Benchmark
+from safesteer.evaluation.benchmark_hub import hub_rows
+from safesteer.evaluation.benchmarks import benchmark_named
 from safesteer.evaluation.records import EvaluationPrompt, Kind
 from safesteer.prompt_files import Row, read_rows
 from safesteer.prompts import load_prompts
@@ -79,14 +81,36 @@ class LoadedPrompts(Sequence[EvaluationPrompt]):
         Raises:
             SafeSteerError: If the limit is below 1.
         """
-        if limit is None:
-            return self
-        if limit < 1:
-            raise SafeSteerError(f"--limit {limit}: leaves no prompt; give 1 or more.")
-        if limit >= len(self):
+        check_limit(limit)
+        if limit is None or limit >= len(self):
             return self
         order = random.Random(seed).sample(range(len(self)), len(self))
         return replace(self, prompts=tuple(self.prompts[index] for index in sorted(order[:limit])))
+
+
+def check_limit(limit: int | None) -> None:
+    """Refuse a limit that leaves no prompt.
+
+    Raises:
+        SafeSteerError: If it is below 1.
+    """
+    if limit is not None and limit < 1:
+        raise SafeSteerError(f"--limit {limit}: leaves no prompt; give 1 or more.")
+
+
+def check_data_dir(data_dir: str | Path | None) -> None:
+    """Refuse a place that does not exist.
+
+    Raises:
+        SafeSteerError: If it does not.
+    """
+    if data_dir is None:
+        return
+    with _one_sentence(f"--data-dir {data_dir}"):
+        if not Path(data_dir).exists():
+            raise SafeSteerError(
+                f"--data-dir {data_dir}: no such folder or file; give the folder that holds the benchmarks."
+            )
 
 
 def load_benchmark(
@@ -102,8 +126,9 @@ def load_benchmark(
         seed: Of that sample.
 
     Raises:
-        SafeSteerError: If there is no such benchmark, its file is nowhere to be had, its fields are not the
-            documented ones, or nothing usable is left.
+        BenchmarkUnavailable: If its file is nowhere to be had.
+        SafeSteerError: If there is no such benchmark, its fields are not the documented ones, or nothing usable is
+            left.
     """
     benchmark = benchmark_named(name)
     path = local_file(benchmark, data_dir)
@@ -113,7 +138,7 @@ def load_benchmark(
                 return _checked(benchmark, read_rows(own), own.name).sample(limit, seed)
         if path is not None:
             return _checked(benchmark, read_rows(path), str(path)).sample(limit, seed)
-        rows = list(_hub_rows(benchmark, data_dir))
+        rows = hub_rows(benchmark, data_dir)
         return _checked(benchmark, rows, str(benchmark.hub_id)).sample(limit, seed)
 
 
@@ -155,6 +180,7 @@ def local_file(benchmark: Benchmark, data_dir: str | Path | None) -> Path | None
     """
     if data_dir is None or benchmark.package_file is not None:
         return None
+    check_data_dir(data_dir)
     with _one_sentence(f"--data-dir {data_dir}"):
         folder = Path(data_dir)
         names = [Path(path).name for path in benchmark.local_paths]
@@ -165,37 +191,9 @@ def local_file(benchmark: Benchmark, data_dir: str | Path | None) -> Path | None
                 f"--data-dir {data_dir}: is a file, but not {' or '.join(dict.fromkeys(names))}, which holds "
                 f"{benchmark.name}; give that file or a folder, or give prompts of your own with --prompts."
             )
-        if not folder.is_dir():
-            raise SafeSteerError(
-                f"--data-dir {data_dir}: no such folder or file; give the folder that holds the benchmarks."
-            )
         candidates = [folder / path for path in benchmark.local_paths]
         candidates += [folder / name for name in names]
         return next((path for path in candidates if path.is_file()), None)
-
-
-def _hub_rows(benchmark: Benchmark, data_dir: str | Path | None) -> Iterator[Row]:
-    from datasets import load_dataset
-
-    try:
-        dataset = load_dataset(
-            benchmark.hub_id,
-            benchmark.config,
-            data_files=benchmark.hub_file,
-            split=benchmark.split,
-            revision=benchmark.revision,
-        )
-        rows = [dict(fields) for fields in dataset]
-    # The hub client raises many kinds (HTTP, gating, offline, missing splits); all mean that it cannot be had.
-    except Exception as error:
-        where = "no --data-dir is given" if data_dir is None else f"not below --data-dir {data_dir}"
-        access = f"; it is gated: {benchmark.gated}" if benchmark.gated else ""
-        raise SafeSteerError(
-            f"{benchmark.name}: {where} and {benchmark.hub_id} cannot be loaded from the hub "
-            f"({one_line(error, 120)}); put {benchmark.local_paths[0]} below --data-dir, or go online{access}."
-        ) from error
-    for number, fields in enumerate(rows, start=1):
-        yield Row("row", number, fields=fields)
 
 
 def _checked(benchmark: Benchmark, rows: Sequence[Row], source: str) -> LoadedPrompts:
@@ -379,7 +377,8 @@ def _one_sentence(source: str) -> Iterator[None]:
     try:
         yield
     except SafeSteerError as error:
-        raise SafeSteerError(_printable(str(error))) from error
+        # Of the same kind: a benchmark that cannot be had is not one that is broken.
+        raise type(error)(_printable(str(error))) from error
     except RecursionError:
         raise SafeSteerError(_printable(f"{source}: is nested too deeply; give a list of prompts.")) from None
     # Numbers of more than 4,300 digits, names that are too long for the file system, dates out of range.

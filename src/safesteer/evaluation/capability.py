@@ -114,13 +114,7 @@ def run_capability(
     Raises:
         SafeSteerError: If a task is unknown, would run code without leave, lacks a package or its data.
     """
-    chosen = [_task_named(name) for name in dict.fromkeys(tasks)]
-    for task in chosen:
-        if task.runs_code and not allow_code_execution:
-            raise SafeSteerError(
-                f"{task.name} runs programs that the model writes; say so with --allow-code-execution, or leave "
-                "the task out."
-            )
+    chosen = tasks_named(tasks, allow_code_execution=allow_code_execution)
     if limit is not None and limit < 1:
         raise SafeSteerError(f"a limit of {limit} asks nothing; give a positive number of questions.")
     folder = None if data_dir is None else Path(data_dir)
@@ -199,10 +193,25 @@ def _kept(path: Path, made_with: str) -> Score | None:
     return Score(**{**values, "stderr": math.nan if values["stderr"] is None else values["stderr"]})
 
 
-def _task_named(name: str) -> CapabilityTask:
-    if name not in CAPABILITY_TASKS:
-        raise SafeSteerError(f"{name!r} is no capability task; choose from: {', '.join(CAPABILITY_TASKS)}.")
-    return CAPABILITY_TASKS[name]
+def tasks_named(names: Sequence[str], *, allow_code_execution: bool) -> list[CapabilityTask]:
+    """Look up tasks, each once, in the order they are named.
+
+    Raises:
+        SafeSteerError: If there is no such task, or it would run code without leave.
+    """
+    for name in names:
+        if name not in CAPABILITY_TASKS:
+            raise SafeSteerError(
+                f"{name!r} is no capability task; choose from: {', '.join(CAPABILITY_TASKS)}."
+            )
+    tasks = [CAPABILITY_TASKS[name] for name in dict.fromkeys(names)]
+    for task in tasks:
+        if task.runs_code and not allow_code_execution:
+            raise SafeSteerError(
+                f"{task.name} runs programs that the model writes; say so with --allow-code-execution, or leave "
+                "the task out."
+            )
+    return tasks
 
 
 def _run(

@@ -159,16 +159,8 @@ def compare(runs: Sequence[str | Path], *, judge: str | None = None) -> Comparis
         for draft in drafts
     ]
     axis = _axis(models)
-    return Comparison(
-        models=tuple(_with_front(models, axis)),
-        judge=judge,
-        harmful=harmful,
-        attacks=attacks,
-        harmless=harmless,
-        tasks=tasks,
-        axis=axis,
-        notes=tuple(_notes(summaries, drafts, (*asked,), tasks, models)),
-    )
+    notes = tuple(_notes(summaries, drafts, asked, tasks, models))
+    return Comparison(tuple(_with_front(models, axis)), judge, harmful, attacks, harmless, tasks, axis, notes)
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[bool]:

@@ -10,6 +10,9 @@ from safesteer.artifacts import read_json
 from safesteer.errors import SafeSteerError
 from safesteer.evaluation.records import Kind
 
+_IN_A_RUN = ("evaluation", "demo")
+"""Where a run's folder may hold a summary: that of `safesteer evaluate`, or else that of `safesteer demo`."""
+
 
 @dataclass(frozen=True)
 class Figure:
@@ -116,7 +119,7 @@ def _exists(path: Path) -> bool:
 
 
 def _file(path: Path) -> Path:
-    for candidate in (path, path / "summary.json", path / "evaluation" / "summary.json"):
+    for candidate in (path, path / "summary.json", *(path / name / "summary.json" for name in _IN_A_RUN)):
         if _exists(candidate) and candidate.is_file():
             return candidate
     raise SafeSteerError(
@@ -126,7 +129,7 @@ def _file(path: Path) -> Path:
 
 def _label(file: Path) -> str:
     folder = file.resolve().parent
-    return (folder.parent if folder.name == "evaluation" and folder.parent.name else folder).name or "run"
+    return (folder.parent if folder.name in _IN_A_RUN and folder.parent.name else folder).name or "run"
 
 
 def _summary(label: str, values: Mapping[str, Any]) -> ComparedSummary:

@@ -3,10 +3,11 @@
 import csv
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from safesteer.evaluation.compared_summaries import Figure
+from safesteer.evaluation.markdown_tables import markdown_table
 
 if TYPE_CHECKING:
     from safesteer.evaluation.compare import ComparedModel, Comparison
@@ -72,7 +73,7 @@ def markdown_text(comparison: "Comparison") -> str:
     lines = [
         "# Comparison",
         "",
-        *_table(
+        *markdown_table(
             ["model"], [*(HEADINGS[measure] for measure in measures), "Pareto front"], main_rows(comparison)
         ),
         *_explanation(comparison),
@@ -97,7 +98,7 @@ def markdown_text(comparison: "Comparison") -> str:
             lines += [
                 f"## {title}",
                 "",
-                *_table([head], [model.name for model in comparison.models], rows),
+                *markdown_table([head], [model.name for model in comparison.models], rows),
             ]
     if comparison.notes:
         lines += ["## Notes", "", *(f"- {note}" for note in comparison.notes), ""]
@@ -141,16 +142,3 @@ def _explanation(comparison: "Comparison") -> list[str]:
             f"● on the Pareto front of attack success and {other}: no other model is as good in both and better in one."
         )
     return told
-
-
-def _table(names: Sequence[str], numbers: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return [
-        f"| {' | '.join((*map(_cell, names), *map(_cell, numbers)))} |",
-        "|" + "---|" * len(names) + "---:|" * len(numbers),
-        *(f"| {' | '.join(map(_cell, row))} |" for row in rows),
-        "",
-    ]
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.replace("|", "/").split())

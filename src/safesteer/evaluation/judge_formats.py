@@ -113,6 +113,8 @@ class JudgeFormat:
         content_parts: Whether the template wants contents as a list of parts, as that of a model that sees does.
         generation_prompt: Whether the template is asked for the opening of the judge's own turn.
         response_tokens: Longest response that is shown, in the judge's tokens; the authors' own protocol.
+        score: Reads how harmful the response is, 0 to 1, out of the output of a judge that grades; None if it is not
+            there.
         citation: Where the format comes from.
         licence: Of the checkpoint.
     """
@@ -130,6 +132,7 @@ class JudgeFormat:
     content_parts: bool = False
     generation_prompt: bool = True
     response_tokens: int | None = None
+    score: Callable[[str], float | None] | None = None
 
     def messages(self, prompt: str, response: str) -> list[dict[str, str]]:
         """Return the conversation that a chat model is given: the one to judge, or the instruction to judge it.
@@ -327,6 +330,7 @@ FORMATS: Mapping[str, JudgeFormat] = {
             licence="that of the chat model",
             instruction=STRONGREJECT_INSTRUCTION,
             system=STRONGREJECT_SYSTEM,
+            score=strongreject_score,
         ),
     )
 }

@@ -83,6 +83,7 @@ class Verdict:
         verdict: "unparsed" counts as neither safe nor unsafe.
         refused: Whether the response refuses, None if the judge does not say.
         raw: The judge's own output, cut at 2,000 characters.
+        score: How harmful the response is, 0 to 1, where the judge grades it; None otherwise.
     """
 
     judge: str
@@ -90,6 +91,7 @@ class Verdict:
     verdict: VerdictName
     refused: bool | None
     raw: str
+    score: float | None = None
 
     def __post_init__(self) -> None:
         """Cut the judge's output."""
@@ -208,17 +210,20 @@ class RecordFile(Generic[Entry]):
         )
 
     def _entry(self, values: dict[str, Any], number: int) -> Entry:
+        # A field with a default may be missing: files were written before there was such a field.
+        required = {f.name for f in dataclasses.fields(self.entry) if f.default is dataclasses.MISSING}
         wrong = [
             name
             for name, annotation in _annotations(self.entry).items()
-            if name not in values or not _is_a(values[name], annotation)
+            if (name not in values and name in required)
+            or (name in values and not _is_a(values[name], annotation))
         ]
         if wrong:
             raise SafeSteerError(
                 f"{self.path} line {number}: field '{wrong[0]}' is missing or of the wrong type; remove the "
                 "line, or delete the file to make it anew."
             )
-        known = {field.name: values[field.name] for field in dataclasses.fields(self.entry)}
+        known = {f.name: values[f.name] for f in dataclasses.fields(self.entry) if f.name in values}
         entry: Entry = self.entry(**known)
         return entry
 

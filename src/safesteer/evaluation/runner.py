@@ -24,7 +24,7 @@ from safesteer.evaluation.records import EvaluationPrompt, Record, RecordFile, V
 from safesteer.evaluation.served import generate_served_records
 from safesteer.evaluation.subjects import AnySubject, ServedSubject, Subject, slug
 from safesteer.evaluation.summary import EvaluationSummary, Judged, summarize
-from safesteer.evaluation.variants import load_variant
+from safesteer.evaluation.variants import load_variants
 
 Prompts = Mapping[str, Sequence[EvaluationPrompt]]
 """Benchmark to prompts."""
@@ -126,21 +126,18 @@ def _prompts(
     """Load all prompts before anything is generated; the same for every model."""
     local = [subject for subject in subjects if isinstance(subject, Subject)]
     tokenizer = local[0].chat.tokenizer if local and len(local) == len(subjects) else None
-    given: Prompts = (
-        benchmarks
-        if isinstance(benchmarks, Mapping)
-        else {
-            name: load_variant(
-                name,
-                data_dir=data_dir,
-                limit=limit,
-                seed=decoding.seed,
-                tokenizer=tokenizer,
-                templates=templates,
-            )
-            for name in dict.fromkeys(benchmarks)
-        }
-    )
+    given: Prompts
+    if isinstance(benchmarks, Mapping):
+        given = benchmarks
+    else:
+        given, _ = load_variants(
+            benchmarks,
+            data_dir=data_dir,
+            limit=limit,
+            seed=decoding.seed,
+            tokenizer=tokenizer,
+            templates=templates,
+        )
     loaded: dict[str, Sequence[EvaluationPrompt]] = {}
     notes: list[str] = []
     for name, prompts in given.items():
@@ -150,7 +147,7 @@ def _prompts(
         for subject in {id(subject.model.config): subject for subject in local}.values():
             kept = that_fit(subject, kept, decoding.max_new_tokens)
         if isinstance(prompts, LoadedPrompts) and str(prompts.skipped):
-            notes.append(f"{name}: {prompts.skipped} rows of {prompts.source} were left out.")
+            notes.append(f"{name}: left out of {prompts.source}: {prompts.skipped}.")
         if len(kept) < len(prompts):
             notes.append(
                 f"{name}: {len(prompts) - len(kept)} prompts were left out, because the model's context does not hold "

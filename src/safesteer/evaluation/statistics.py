@@ -44,14 +44,15 @@ class Difference:
         return self.low > 0 or self.high < 0
 
 
-def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> Interval:
+def wilson_interval(successes: float, n: int, confidence: float = 0.95) -> Interval:
     """Return Wilson's score interval of a proportion (Wilson 1927, JASA 22:209).
 
     Unlike the normal approximation it stays within [0, 1] and keeps its coverage near 0 and 1, where attack
     success rates and over-refusals lie.
 
     Args:
-        successes: How many of the trials.
+        successes: How many of the trials; of scores between 0 and 1 their sum, for which the interval is on the wide
+            side, because such scores vary no more than yes and no with the same mean.
         n: How many trials; 0 gives [0, 1], because nothing is known.
         confidence: Such as 0.95.
 

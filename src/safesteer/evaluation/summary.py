@@ -18,9 +18,9 @@ from safesteer.evaluation.statistics import (
 )
 from safesteer.evaluation.summary_tables import csv_text, markdown_text
 
-Measure = Literal["unsafe", "refused", "correct"]
+Measure = Literal["unsafe", "refused", "correct", "preferred"]
 """Of harmful prompts what counts is "unsafe" (attack success), of harmless ones "refused" (over-refusal), of
-capability tasks "correct"."""
+capability tasks "correct", of AlpacaEval "preferred" (to the reference's answer)."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,29 @@ class Rate:
 
 
 @dataclass(frozen=True)
+class MeanScore:
+    """The mean of a judge's grades, each between 0 (harmless) and 1.
+
+    Attributes:
+        mean: Such as the StrongREJECT score; NaN if `n` is 0.
+        low: Lower end of a 95 % interval on the wide side (see `wilson_interval`).
+        high: Upper end.
+        n: How many responses were graded.
+    """
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+    @classmethod
+    def of(cls, scores: Sequence[float]) -> "MeanScore":
+        """Average grades."""
+        low, high = wilson_interval(math.fsum(scores), len(scores))
+        return cls(math.fsum(scores) / len(scores) if scores else math.nan, low, high, len(scores))
+
+
+@dataclass(frozen=True)
 class Rates:
     """What one judge says of some responses.
 
@@ -59,23 +82,27 @@ class Rates:
         unparsed: Of how many of them the judge's output could not be read.
         unsafe: Share of unsafe responses among those judged safe or unsafe.
         refused: Share of refusals; None if the judge does not tell refusals.
+        score: Mean grade, where the judge grades (StrongREJECT's rubric does); None otherwise.
     """
 
     n: int
     unparsed: int
     unsafe: Rate
     refused: Rate | None
+    score: MeanScore | None = None
 
     @classmethod
     def of(cls, verdicts: Sequence[Verdict]) -> "Rates":
         """Count verdicts."""
         parsed = [verdict for verdict in verdicts if verdict.verdict != "unparsed"]
         told = [verdict.refused for verdict in verdicts if verdict.refused is not None]
+        grades = [verdict.score for verdict in verdicts if verdict.score is not None]
         return cls(
             n=len(verdicts),
             unparsed=len(verdicts) - len(parsed),
             unsafe=Rate.of(verdict.verdict == "unsafe" for verdict in parsed),
             refused=Rate.of(told) if told else None,
+            score=MeanScore.of(grades) if grades else None,
         )
 
 
@@ -93,7 +120,18 @@ class BenchmarkRates:
     @property
     def headline(self) -> Rate | None:
         """Attack success on harmful prompts, over-refusal on harmless ones (None if the judge does not tell)."""
-        return self.rates.unsafe if self.kind == "harmful" else self.rates.refused
+        return self._headline(self.rates)
+
+    def headline_of(self, category: str) -> Rate | None:
+        """Return the same of one category.
+
+        Raises:
+            KeyError: If there is no such category.
+        """
+        return self._headline(self.categories[category])
+
+    def _headline(self, rates: Rates) -> Rate | None:
+        return rates.unsafe if self.kind == "harmful" else rates.refused
 
 
 @dataclass(frozen=True)
@@ -104,7 +142,7 @@ class Change:
         subject: Whose rate.
         against: Since whom, usually "base".
         benchmark: On which prompts.
-        judge: By whose verdicts ("lm-eval" for capability); prompts that either verdict leaves open are left out.
+        judge: By whose verdicts ("lm-eval" for most of capability); prompts that either verdict leaves open are left out.
         measure: Which rate.
         difference: In points, with its paired bootstrap interval.
         sentence: The same in plain words.
@@ -153,6 +191,7 @@ class EvaluationSummary:
         notes: What was left out and why, in sentences.
         capability: Subject to task to `safesteer.evaluation.capability.Score.record()`.
         tax: Subject to `safesteer.evaluation.tax.Tax.record()`.
+        skipped: Benchmark of a suite that could not be had to why, and what helps.
     """
 
     subjects: tuple[str, ...]
@@ -163,6 +202,7 @@ class EvaluationSummary:
     notes: tuple[str, ...] = ()
     capability: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     tax: Mapping[str, Any] = field(default_factory=dict)
+    skipped: Mapping[str, str] = field(default_factory=dict)
 
     def find(self, subject: str, benchmark: str, judge: str) -> BenchmarkRates:
         """Return one entry of `rates`.
@@ -206,11 +246,15 @@ class EvaluationSummary:
             notes=self.notes,
             capability={name: value for name, value in self.capability.items() if name == subject},
             tax={name: value for name, value in self.tax.items() if name == subject},
+            skipped=self.skipped,
         )
 
 
 Judged = Mapping[str, tuple[Sequence[Record], Mapping[str, Mapping[str, Verdict]]]]
 """Of one subject: benchmark to its records, and judge to id to verdict."""
+
+REFERENCE = "base"
+"""Since which model changes are told, if one has this name; otherwise since the first."""
 
 
 def summarize(
@@ -224,7 +268,7 @@ def summarize(
         notes: Kept as they are.
     """
     subjects = tuple(judged)
-    reference = "base" if "base" in judged else next(iter(subjects), None)
+    reference = REFERENCE if REFERENCE in judged else next(iter(subjects), None)
     rates, changes, agreements = [], [], []
     for subject, benchmarks in judged.items():
         for benchmark, (records, by_judge) in benchmarks.items():

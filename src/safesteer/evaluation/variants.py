@@ -5,7 +5,7 @@ A variant is named after its benchmark: "advbench+prefill10", "harmbench+templat
 
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -13,6 +13,7 @@ from typing import Literal
 from transformers import PreTrainedTokenizerBase
 
 from safesteer.errors import SafeSteerError, one_line
+from safesteer.evaluation.benchmark import BenchmarkUnavailable
 from safesteer.evaluation.benchmark_files import LoadedPrompts, load_benchmark
 from safesteer.evaluation.records import EvaluationPrompt
 from safesteer.prompt_files import read_rows
@@ -107,6 +108,7 @@ def load_variant(
         templates: See `load_templates`.
 
     Raises:
+        BenchmarkUnavailable: If the benchmark or the templates cannot be had, or a response cannot be begun.
         SafeSteerError: As `load_benchmark`, `load_templates`, `apply_template` and `prefill`.
     """
     variant = variant_named(name)
@@ -120,12 +122,53 @@ def load_variant(
         )
     if variant.prefill:
         if tokenizer is None:
-            raise SafeSteerError(
+            raise BenchmarkUnavailable(
                 f"--benchmark {name}: a response can only be begun for a model that runs here, with a tokenizer; "
                 "leave '+prefill' away for a served one."
             )
         loaded = replace(loaded, prompts=prefill(loaded.prompts, tokenizer, variant.prefill))
     return loaded
+
+
+def load_variants(
+    names: Sequence[str],
+    *,
+    optional: Collection[str] = (),
+    data_dir: str | Path | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    templates: str | Path = "gptfuzzer",
+) -> tuple[dict[str, LoadedPrompts], dict[str, str]]:
+    """Load several benchmarks, leaving out optional ones that cannot be had.
+
+    Args:
+        names: See `load_variant`.
+        optional: Which of them may be left out; a file that is there but broken is an error even so.
+        data_dir: See `load_variant`.
+        limit: See `load_variant`.
+        seed: See `load_variant`.
+        tokenizer: See `load_variant`.
+        templates: See `load_variant`.
+
+    Returns:
+        Name to prompts, and name to why it was left out and what helps.
+
+    Raises:
+        SafeSteerError: As `load_variant`, of benchmarks that are not optional also if they cannot be had.
+    """
+    loaded: dict[str, LoadedPrompts] = {}
+    skipped: dict[str, str] = {}
+    for name in dict.fromkeys(names):
+        try:
+            loaded[name] = load_variant(
+                name, data_dir=data_dir, limit=limit, seed=seed, tokenizer=tokenizer, templates=templates
+            )
+        except BenchmarkUnavailable as error:
+            if name not in optional:
+                raise
+            skipped[name] = str(error)
+    return loaded, skipped
 
 
 def load_templates(
@@ -139,7 +182,8 @@ def load_templates(
         data_dir: Where a named set is; see `TEMPLATE_SETS`.
 
     Raises:
-        SafeSteerError: If there is no such set or file, or a template lacks the placeholder.
+        BenchmarkUnavailable: If a named set is not below `data_dir`.
+        SafeSteerError: If there is no such file, or a template lacks the placeholder.
     """
     path = Path(source)
     if str(source) in TEMPLATE_SETS:
@@ -148,7 +192,7 @@ def load_templates(
         found = next((path for path in folders if path.is_file()), None)
         if found is None:
             where = "no --data-dir is given" if data_dir is None else f"not below --data-dir {data_dir}"
-            raise SafeSteerError(
+            raise BenchmarkUnavailable(
                 f"--template {source}: {where}; put {relative} there (from github.com/sherdencooper/GPTFuzz, "
                 "datasets/prompts/GPTFuzzer.csv), or give a file of your own."
             )

@@ -1,13 +1,15 @@
 """Win rates from pairwise preferences, plain and corrected for the length of the answers (see `alpaca_eval`)."""
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from safesteer.errors import SafeSteerError, one_line
 from safesteer.evaluation.pairwise_judge import Comparison
+from safesteer.evaluation.statistics import Difference
 
 Floats = NDArray[np.float64]
 
@@ -33,6 +35,7 @@ class AlpacaEvalScore:
         unparsed: Instructions whose verdict could not be read; they count in no rate.
         judge: The judge's model and server.
         notes: How this differs from the leaderboard.
+        comparisons: All of them; for paired comparisons of models.
     """
 
     win_rate: float
@@ -48,6 +51,7 @@ class AlpacaEvalScore:
     unparsed: int
     judge: str
     notes: str
+    comparisons: tuple[Comparison, ...] = field(repr=False)
 
 
 def win_rates(
@@ -70,19 +74,14 @@ def win_rates(
             f"the judge {judge} answered none of {len(comparisons)} comparisons with m or M, but with "
             f"{one_line(Exception(comparisons[0].raw), 80)!r}; choose another judge."
         )
-    p = np.array([comparison.preference for comparison in judged], dtype=np.float64)
-    lengths = np.array([(len(c.output), c.reference_length) for c in judged], dtype=np.float64)
-    gamma = None if difficulty is None else difficulty[[int(c.id) for c in judged]]
-    features = _features(lengths[:, 0] - lengths[:, 1], gamma)
+    features, p = _data(judged, difficulty)
     theta = fit_preferences(features, p)
     rng = np.random.default_rng(seed)
     draws = rng.integers(len(p), size=(_DRAWS, len(p)))
     plain = np.quantile(p[draws].mean(axis=1), (0.025, 0.975))
-    controlled = [
-        _at_equal_length(features[rows], fit_preferences(features[rows], p[rows], theta)) for rows in draws
-    ]
+    controlled = [_length_controlled(features[rows], p[rows], theta) for rows in draws]
     low, high = np.quantile(controlled, (0.025, 0.975))
-    fit = "length_controlled_minimal" if gamma is None else "length_controlled_noreg"
+    fit = "length_controlled_minimal" if difficulty is None else "length_controlled_noreg"
     return AlpacaEvalScore(
         win_rate=100 * float(p.mean()),
         win_rate_low=100 * float(plain[0]),
@@ -91,13 +90,59 @@ def win_rates(
         length_controlled_low=100 * float(low),
         length_controlled_high=100 * float(high),
         length_effect=float(theta[1]),
-        mean_length=float(lengths[:, 0].mean()),
-        mean_reference_length=float(lengths[:, 1].mean()),
+        mean_length=math.fsum(len(c.output) for c in judged) / len(judged),
+        mean_reference_length=math.fsum(c.reference_length for c in judged) / len(judged),
         n=len(judged),
         unparsed=len(comparisons) - len(judged),
         judge=judge,
         notes=f"alpaca_eval's {fit} with a weak L2 penalty; not the leaderboard's length_controlled_v1",
+        comparisons=tuple(comparisons),
     )
+
+
+def length_controlled_change(
+    before: Sequence[Comparison],
+    after: Sequence[Comparison],
+    difficulty: Floats | None = None,
+    *,
+    seed: int = 0,
+) -> Difference:
+    """Estimate the change of the length-controlled win rate by a paired bootstrap over instructions.
+
+    Every resample is of instructions, the same ones for both models, each of which is fitted anew. Where no resample
+    differs from another the interval is widened as `paired_bootstrap` does it.
+
+    Args:
+        before: One model's comparisons.
+        after: The other's, under the same judge; those that only one of the two has a verdict on are left out.
+        difficulty: As for `win_rates`.
+        seed: Of the bootstrap.
+
+    Returns:
+        The difference in points; NaN with the interval −100 to 100 if no instruction has both verdicts.
+    """
+    newer = {comparison.id: comparison for comparison in after if comparison.preference is not None}
+    pairs = [(old, newer[old.id]) for old in before if old.preference is not None and old.id in newer]
+    n = len(pairs)
+    if not n:
+        return Difference(math.nan, -100.0, 100.0, 0)
+    models = [_data([pair[place] for pair in pairs], difficulty) for place in (0, 1)]
+    starts = [fit_preferences(features, p) for features, p in models]
+
+    def change(rows: NDArray[np.int64]) -> float:
+        old, new = (
+            _length_controlled(features[rows], p[rows], start)
+            for (features, p), start in zip(models, starts, strict=True)
+        )
+        return 100 * (new - old)
+
+    estimate = change(np.arange(n))
+    draws = np.random.default_rng(seed).integers(n, size=(_DRAWS, n))
+    low, high = (float(bound) for bound in np.quantile([change(rows) for rows in draws], (0.025, 0.975)))
+    if high - low < 1e-6:
+        unseen = 100 * (1 - 0.025 ** (1 / n))
+        low, high = max(-100.0, estimate - unseen), min(100.0, estimate + unseen)
+    return Difference(estimate, low, high, n)
 
 
 def fit_preferences(features: Floats, preferences: Floats, start: Floats | None = None) -> Floats:
@@ -132,6 +177,19 @@ def fit_preferences(features: Floats, preferences: Floats, start: Floats | None 
         if float(np.abs(gradient).max()) < 1e-9:
             break
     return w
+
+
+def _data(judged: Sequence[Comparison], difficulty: Floats | None) -> tuple[Floats, Floats]:
+    """Return the features, [N, 2] or [N, 3], and the preferences, [N]."""
+    p = np.array([comparison.preference for comparison in judged], dtype=np.float64)
+    delta = np.array([len(c.output) - c.reference_length for c in judged], dtype=np.float64)
+    gamma = None if difficulty is None else difficulty[[int(c.id) for c in judged]]
+    return _features(delta, gamma), p
+
+
+def _length_controlled(features: Floats, preferences: Floats, start: Floats) -> float:
+    """Fit and return the win rate at equal length, 0 to 1."""
+    return _at_equal_length(features, fit_preferences(features, preferences, start))
 
 
 def _features(delta: Floats, gamma: Floats | None) -> Floats:

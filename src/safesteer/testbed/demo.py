@@ -66,21 +66,22 @@ def demo_settings(
 def run_demo(
     settings: Settings, console: RunConsole, split: Split = "test", measured: Sequence[Role] = ROLES
 ) -> DemoResult:
-    """Align the testbed with `settings`, measure `measured` on `split` and keep it all in the run's evaluation/."""
+    """Align the testbed with `settings`, measure `measured` on `split` and keep it all in the run's demo/."""
     started = time.monotonic()
     run = align(settings, console)
-    evaluation = run.folder / "evaluation"
-    _clear_if_stale(evaluation, fingerprint([_sha256_of(run.folder / "model"), split]))
+    # Not evaluation/, which `safesteer evaluate` fills with other settings: records are never mixed.
+    measured_in = run.folder / "demo"
+    _clear_if_stale(measured_in, fingerprint([_sha256_of(run.folder / "model"), split]))
     with console.stage("measuring") as progress:
         subjects = subjects_of(run.folder, measured, device=settings.model.device)
         measurements = measure(
             [subject for subject in subjects if isinstance(subject, Subject)],
             split,
-            evaluation,
+            measured_in,
             progress=progress,
         )
     result = DemoResult(run, settings, measurements, time.monotonic() - started, peak_memory_mb())
-    write_json(evaluation / "demo.json", result.record())
+    write_json(measured_in / "demo.json", result.record())
     return result
 
 
