@@ -12,13 +12,13 @@ from torch import Tensor, nn
 import tiny_training as tiny
 from safesteer.chat import Chat, left_pad
 from safesteer.errors import SafeSteerError
+from safesteer.modeling import evaluation_flags
 from safesteer.steering import Steering
 from safesteer.teacher import (
     AdapterOffTeacher,
     FrozenCopyTeacher,
     SystemPromptTeacher,
     completion_hidden_states,
-    evaluation_flags,
 )
 from safesteer.teacher_ema import EmaTeacher, load_teacher, save_teacher
 from tiny_models import tokenizer_for

@@ -314,3 +314,19 @@ def _base_weights(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Te
             yield prefix + name, weight
         for name, child in module.named_children():
             yield from _base_weights(child, f"{prefix}{name}.")
+
+
+@contextlib.contextmanager
+def evaluation_flags(model: nn.Module) -> Iterator[None]:
+    """Turn dropout off for a block, and give every submodule its own training flag back afterwards.
+
+    A plain `.eval()` on a module that teacher and student share would leave the student without dropout.
+    """
+    flags = [(module, module.training) for module in model.modules()]
+    for module, _ in flags:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training

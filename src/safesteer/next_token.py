@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from safesteer.chat import Chat, end_of_turn_ids, left_pad
-from safesteer.modeling import backbone, language_head
+from safesteer.modeling import backbone, evaluation_flags, language_head
 from safesteer.out_of_memory import InParts
 
 Progress = Callable[[str, int, int], None]
@@ -29,16 +29,11 @@ def float64(tensor: Tensor) -> Tensor:
 @contextlib.contextmanager
 def evaluating(model: nn.Module, seed: int = 0) -> Iterator[None]:
     """Run a block without gradients, without dropout and with a random state of its own, and put all back."""
-    flags = [(module, module.training) for module in model.modules()]
     device = next((weight.device for weight in model.parameters()), torch.device("cpu"))
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
+    forked = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+    with forked, torch.no_grad(), evaluation_flags(model):
         torch.manual_seed(seed)
-        model.eval()
-        try:
-            yield
-        finally:
-            for module, training in flags:
-                module.training = training
+        yield
 
 
 @dataclass(frozen=True)

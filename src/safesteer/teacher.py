@@ -19,7 +19,7 @@ from trl.models.utils import _ForwardRedirection
 
 from safesteer.chat import Chat, left_pad
 from safesteer.errors import SafeSteerError
-from safesteer.modeling import Head, backbone, language_head
+from safesteer.modeling import Head, backbone, evaluation_flags, language_head
 from safesteer.steering import Steering
 
 
@@ -81,22 +81,6 @@ def completion_hidden_states(
         inputs["position_ids"] = (mask_BT.long().cumsum(-1) - 1).clamp(min=0)
     hidden_BTH: Tensor = body(**inputs).last_hidden_state
     return hidden_BTH[:, prompt_ids.size(1) - 1 :]
-
-
-@contextlib.contextmanager
-def evaluation_flags(model: nn.Module) -> Iterator[None]:
-    """Turn dropout off for a block, and give every submodule its own training flag back afterwards.
-
-    A plain `.eval()` on a module that teacher and student share would leave the student without dropout.
-    """
-    flags = [(module, module.training) for module in model.modules()]
-    for module, _ in flags:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module, training in flags:
-            module.training = training
 
 
 class AdapterOffTeacher:

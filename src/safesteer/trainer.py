@@ -26,7 +26,7 @@ from safesteer.direction import RefusalDirection
 from safesteer.divergence import localized_divergence
 from safesteer.errors import SafeSteerError
 from safesteer.lower_layers import LowerLayers, can_share
-from safesteer.modeling import head_gathered, language_head
+from safesteer.modeling import evaluation_flags, head_gathered, language_head
 from safesteer.out_of_memory import InParts
 from safesteer.safety_tokens import SafetyTokens
 from safesteer.steering import Steering
@@ -36,7 +36,6 @@ from safesteer.teacher import (
     SystemPromptTeacher,
     Teacher,
     completion_hidden_states,
-    evaluation_flags,
 )
 from safesteer.teacher_copies import offloaded_copy, quantized_copy
 from safesteer.teacher_ema import EmaTeacher, load_teacher, save_teacher

@@ -15,9 +15,9 @@ from trl.models import unwrap_model_for_generation
 
 from safesteer.chat import generate
 from safesteer.errors import SafeSteerError
+from safesteer.modeling import evaluation_flags
 from safesteer.refusals import is_refusal
 from safesteer.steering import Steering
-from safesteer.teacher import evaluation_flags
 from safesteer.teacher_ema import EmaTeacher
 
 if TYPE_CHECKING:
