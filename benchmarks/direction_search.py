@@ -1,6 +1,6 @@
 """The refusal direction search beside brute force: the same choice and the same scores.
 
-    python benchmarks/direction_search.py [--layers 20] [--hidden 128] [--vocabulary 32768]
+    python benchmarks/direction_search.py [--layers 20] [--hidden 128] [--vocabulary 151936]
 
 Brute force is the method as it is written down (§1; the released code does the same): for every layer and every template
 position three whole passes over the validation prompts, with logits at every position of the sequence.
@@ -8,6 +8,7 @@ position three whole passes over the validation prompts, with logits at every po
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -126,14 +127,14 @@ def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--layers", type=int, default=20)
     parser.add_argument("--hidden", type=int, default=128)
-    parser.add_argument("--vocabulary", type=int, default=32_768)
+    parser.add_argument("--vocabulary", type=int, default=151_936)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=1)
     args = parser.parse_args()
     chat = Chat(load_tokenizer(str(testbed_folder() / "model")))
     model = random_qwen3(args.layers, args.hidden, args.vocabulary, initializer_range=0.05)
-    # Half of the vocabulary "refuses": so some candidates of a random model induce and others do not.
-    openers = tuple(range(0, args.vocabulary, 2))
+    # Of a random model every second token of the tokenizer "refuses".
+    openers = tuple(range(0, len(chat.tokenizer), 2))
     prompts = testbed_folder() / "prompts"
     harmful, harmless = (load_prompts(prompts / f"{kind}_train.jsonl") for kind in ("harmful", "harmless"))
     settings = DirectionSettings(
@@ -141,11 +142,18 @@ def main() -> None:
         filter_prompts=False,
         coefficient=1.0,
         max_kl=10.0,
+        train_harmful=64,
+        train_harmless=64,
+        validation_harmful=16,
+        validation_harmless=16,
         batch_size=args.batch,
         fallback="error",
     )
-    brute = BruteForce(model, chat, openers, args.batch)
     samples = sampled_prompts(harmful, harmless, settings)
+    brute = BruteForce(model, chat, openers, args.batch)
+    # What the model does unsteered is the bar: so some candidates induce and others do not.
+    unsteered = refusal_score(brute.logits(samples["validation_harmless"]), openers).mean()
+    settings = replace(settings, min_induction=float(unsteered))
     found: dict[str, Any] = {}
 
     def ours() -> None:

@@ -34,12 +34,13 @@ from safesteer.prompts import load_prompts
 from safesteer.recipes import build_settings
 from safesteer.testbed.demo import testbed_folder
 
-OPENERS = tuple(range(0, 151_936, 2))
+OPENERS = tuple(range(0, 3_000, 2))  # of the tokenizer's
 DIRECTION: dict[str, Any] = {
     "refusal_token_ids": list(OPENERS),
     "filter_prompts": False,
     "coefficient": 1.0,
     "max_kl": 10.0,
+    "min_induction": -100.0,
     "train_harmful": 80,
     "train_harmless": 80,
     "validation_harmful": 16,

@@ -90,7 +90,7 @@ def inspect_eval(prompts: list[EvaluationPrompt], max_new_tokens: int, batch_siz
     task = Task(
         dataset=dataset_of("bundled", prompts),
         solver=answer("bundled"),
-        scorer=[judged_by("refusal-phrases"), judged_by("gcg-phrases")],
+        scorer=[judged_by("refusal-phrases"), judged_by("arditi-phrases")],
         config=GenerateConfig(max_tokens=max_new_tokens, temperature=0.0),
     )
     model = get_model("safesteer/testbed", memoize=False, subject=subject, batch_size=batch_size)

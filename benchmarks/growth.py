@@ -28,10 +28,11 @@ def direction_seconds(chat: Chat, layers: int, prompts: int) -> float:
     folder = testbed_folder() / "prompts"
     sets: list[PromptSet] = [load_prompts(folder / f"{kind}_train.jsonl") for kind in ("harmful", "harmless")]
     settings = DirectionSettings(
-        refusal_token_ids=tuple(range(0, 8_192, 2)),
+        refusal_token_ids=tuple(range(0, len(chat.tokenizer), 2)),
         filter_prompts=False,
         coefficient=1.0,
         max_kl=10.0,
+        min_induction=-100.0,
         train_harmful=prompts,
         train_harmless=prompts,
         validation_harmful=prompts,

@@ -17,19 +17,18 @@ Shape suffixes: N scored tokens, n tokens of a chunk, V vocabulary, K tokens of 
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from safesteer.divergence_chunks import Columns, Logits, Options, score_all, score_set, tiles_of
 from safesteer.divergence_dense import (
-    EMPTY,
     Support,
     Vocabulary,
     check_options,
     dense_divergence,
-    value_and_gradient,
 )
 from safesteer.errors import SafeSteerError
 from safesteer.head_products import HeadGradients, HeadProduct, factor_dtype
@@ -45,8 +44,8 @@ __all__ = [
 ]
 
 LOGITS_PER_CHUNK = 2**26
-"""Logits of one model in a default chunk, at most: 256 MiB in float32. Two tensors of that size live at once; with a
-softcap or the teacher's top K three, with the full vocabulary about eight."""
+"""Logits of one model in a default chunk, at most: 256 MiB in float32. One tensor of that size lives at a time; with a
+softcap two, with the teacher's top K three, with the full vocabulary about eight."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +115,7 @@ def localized_divergence(
             with mixture `(1−β) p + β q`, as in TRL.
         top_k: K of `vocabulary="teacher_top_k"`.
         temperature: Divides both models' logits, after scale and softcap.
-        chunk_size: Tokens at a time; None for an eighth of the scored ones, at least 64 and at most about
+        chunk_size: Tokens at a time; None for a quarter of the scored ones, at least 64 and at most about
             `LOGITS_PER_CHUNK / V`.
         statistics: Measure `kl_off` and `entropy` too, which costs more passes over each chunk's logits.
 
@@ -135,8 +134,10 @@ def localized_divergence(
         )
 
     ids = None if token_ids is None else token_ids.to(student_hidden.device, torch.int64)
-    options = _Options(ids, vocabulary, support, beta, top_k, statistics)
-    score = _score_all if vocabulary == "full" else _score_set
+    in_tiles = ids if vocabulary == "safety_tokens" and ids is not None else weights.new_empty(0).long()
+    tiles = tiles_of(size, in_tiles.to(student_hidden.device))
+    options = Options(ids, tiles, vocabulary, support, beta, top_k, statistics)
+    score = score_all if vocabulary == "full" else score_set
     exact = torch.float64 if student_hidden.dtype == torch.float64 else torch.float32
     weights = weights.detach().to(student_hidden.device, exact)
     inputs = (student_hidden, student_head.weight, student_head.bias)
@@ -150,10 +151,10 @@ def localized_divergence(
         if teacher_head.weight is student_head.weight and teacher_factors == student_factors:
             teacher_head = replace(teacher_head, weight=student.weight)  # so that one cast serves both
         teacher = HeadProduct.of(teacher_head, teacher_factors, exact, temperature)
-        columns = torch.zeros(len(_Columns._fields), len(weights), device=weights.device, dtype=exact)
+        columns = torch.zeros(len(Columns._fields), len(weights), device=weights.device, dtype=exact)
         for rows in _chunks(weights, chunk_size, size):
             hidden_nH = student_hidden[rows]
-            logits = _Logits(student, teacher, hidden_nH, teacher_hidden[rows], trained)
+            logits = Logits(student, teacher, hidden_nH, teacher_hidden[rows], trained)
             scored, gradient_nV = score(logits, options)
             columns[:, rows] = torch.stack(scored)
             if trained:
@@ -162,163 +163,12 @@ def localized_divergence(
                 gradients.add(rows, weights[rows] * student.slope, gradient_nV, hidden_nH, student.weight)
             del gradient_nV, logits  # for the next chunk to take their place
 
-        result = _Columns(*columns)
+        result = Columns(*columns)
         loss = (weights * result.per_token).sum()
     if trained:
         formed = (gradients.hidden, gradients.weight, gradients.bias)
         loss = cast(Tensor, _WithGradient.apply(loss, formed, *inputs))  # type: ignore[no-untyped-call]
     return DivergenceOutput(loss, *result)
-
-
-@dataclass(frozen=True)
-class _Options:
-    token_ids: Tensor | None
-    vocabulary: Vocabulary
-    support: Support
-    beta: float
-    top_k: int
-    statistics: bool
-
-
-class _Columns(NamedTuple):
-    """One [n] or [N] tensor for each field of `DivergenceOutput` but the loss, in its order."""
-
-    per_token: Tensor
-    student_mass: Tensor
-    teacher_mass: Tensor
-    kl_on: Tensor
-    kl_off: Tensor
-    entropy: Tensor
-
-
-class _Logits:
-    """A chunk's logits, made when asked for: of the two models' only what is being looked at has to live."""
-
-    def __init__(
-        self,
-        student: HeadProduct,
-        teacher: HeadProduct,
-        student_nH: Tensor,
-        teacher_nH: Tensor,
-        trained: bool,
-    ) -> None:
-        self._student, self._teacher = student, teacher
-        self._student_nH, self._teacher_nH = student_nH, teacher_nH
-        self._trained = trained
-        self.curve: Tensor | None = None
-
-    def of_student(self) -> Tensor:
-        """Return [n, V], and note the curve that the gradient has to be multiplied by."""
-        z_nV = self._student.logits(self._student_nH)
-        self.curve = self._student.curve(z_nV) if self._trained else None
-        return z_nV
-
-    def of_teacher(self) -> Tensor:
-        """Return [n, V]."""
-        return self._teacher.logits(self._teacher_nH)
-
-
-def _score_set(logits: _Logits, options: _Options) -> tuple[_Columns, Tensor]:
-    """Score a chunk on S and the rest.
-
-    Returns:
-        The columns, and the gradient with respect to the student's logits [n, V].
-    """
-    z_q = measured_q = None
-    if options.vocabulary == "teacher_top_k":
-        z_q = logits.of_teacher()
-        ids_nK = z_q.topk(options.top_k, dim=-1).indices
-        measured_q = _at(z_q, options.token_ids)
-
-    z_p = logits.of_student()
-    if z_q is None:
-        ids_nK = cast(Tensor, options.token_ids).expand(z_p.shape[0], -1)
-    measured_p = _at(z_p, options.token_ids)
-    on_p = _take_out(z_p, ids_nK)
-    rho_nV, rest_p = _softmax_and_log_sum(z_p)
-    # Over the rest, log p = log p(rest) + z_p − log Z_rest, so two means under ρ make `kl_off` and the entropy.
-    mean_p = _mean(rho_nV, z_p) if options.statistics else None
-    del z_p
-    if z_q is None:
-        z_q = logits.of_teacher()
-    on_q = _take_out(z_q, ids_nK)
-    mean_q = _mean(rho_nV, z_q) if options.statistics else None
-    rest_q = _log_sum(z_q)
-    del z_q
-
-    cells_p, cells_q = torch.cat([on_p, rest_p], -1), torch.cat([on_q, rest_q], -1)
-    log_p, log_q = cells_p.log_softmax(-1), cells_q.log_softmax(-1)
-    per_token, gradient_nC = value_and_gradient(log_p, log_q, options.support, options.beta)
-
-    kl_off = entropy = torch.full_like(per_token, torch.nan)
-    kl_on = _reverse_kl(log_p[:, :-1], log_q[:, :-1])
-    if mean_p is not None and mean_q is not None:
-        log_z_gap = cells_q.logsumexp(-1) - cells_p.logsumexp(-1)
-        p_rest = log_p[:, -1].exp()
-        kl_off = p_rest * (log_z_gap - (mean_q - mean_p))
-        entropy = p_rest * (rest_p.squeeze(-1) - mean_p) - (log_p.exp() * log_p).sum(-1)
-
-    masses = log_p[:, :-1].exp().sum(-1), log_q[:, :-1].exp().sum(-1)
-    if measured_p is not None and measured_q is not None:
-        log_p = measured_p - cells_p.logsumexp(-1, keepdim=True)
-        log_q = measured_q - cells_q.logsumexp(-1, keepdim=True)
-        masses = log_p.exp().sum(-1), log_q.exp().sum(-1)
-        kl_on, kl_all = _reverse_kl(log_p, log_q), kl_on + kl_off
-        kl_off = kl_all - kl_on
-
-    gradient_nV = rho_nV.mul_(gradient_nC[:, -1:]).scatter_(1, ids_nK, gradient_nC[:, :-1])
-    return _Columns(per_token, *masses, kl_on, kl_off, entropy), gradient_nV
-
-
-def _score_all(logits: _Logits, options: _Options) -> tuple[_Columns, Tensor]:
-    """Score a chunk on every token. Same results as `_score_set`."""
-    log_p, log_q = logits.of_student().log_softmax(-1), logits.of_teacher().log_softmax(-1)
-    per_token, gradient_nV = value_and_gradient(log_p, log_q, "all", options.beta)
-    on = [log if options.token_ids is None else log[:, options.token_ids] for log in (log_p, log_q)]
-    kl_on = _reverse_kl(*on)
-    kl_off = entropy = torch.full_like(per_token, torch.nan)
-    if options.statistics:
-        kl_off = _reverse_kl(log_p, log_q) - kl_on
-        entropy = -(log_p.exp() * log_p).sum(-1)
-    student_mass, teacher_mass = (log.exp().sum(-1) for log in on)
-    return _Columns(per_token, student_mass, teacher_mass, kl_on, kl_off, entropy), gradient_nV
-
-
-def _at(z_nV: Tensor, token_ids: Tensor | None) -> Tensor | None:
-    return None if token_ids is None else z_nV[:, token_ids]
-
-
-def _reverse_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
-
-
-def _take_out(z_nV: Tensor, ids_nK: Tensor) -> Tensor:
-    """Return the logits of S [n, K] and leave `EMPTY` in their place."""
-    on_nK = z_nV.gather(1, ids_nK)
-    z_nV.scatter_(1, ids_nK, EMPTY)
-    return on_nK
-
-
-def _softmax_and_log_sum(z_nV: Tensor) -> tuple[Tensor, Tensor]:
-    """Return softmax(z) [n, V] and log Σ exp z [n, 1].
-
-    The softmax at the largest logit, at least 1/V, tells the log-sum-exp: one fused pass and one maximum,
-    where `logsumexp` would make four passes and throw the exponentials away.
-    """
-    rho_nV = z_nV.softmax(-1)
-    largest, where = z_nV.max(-1, keepdim=True)
-    return rho_nV, largest - rho_nV.gather(1, where).log_()
-
-
-def _log_sum(z_nV: Tensor) -> Tensor:
-    """Return log Σ exp z [n, 1] and leave something else in `z_nV`, where `logsumexp` would need another [n, V]."""
-    largest = z_nV.amax(-1, keepdim=True)
-    return z_nV.sub_(largest).exp_().sum(-1, keepdim=True).log_().add_(largest)
-
-
-def _mean(rho_nV: Tensor, z_nV: Tensor) -> Tensor:
-    """Return Σ_v ρ_v z_v [n] without an [n, V] of products, which `linalg.vecdot` would make."""
-    return torch.bmm(rho_nV[:, None, :], z_nV[:, :, None]).flatten()
 
 
 def _chunks(weights: Tensor, chunk_size: int | None, vocabulary: int) -> Iterator[Tensor]:
@@ -330,14 +180,14 @@ def _chunks(weights: Tensor, chunk_size: int | None, vocabulary: int) -> Iterato
 
 
 def default_chunk_size(tokens: int, vocabulary: int) -> int:
-    """Tokens at a time: an eighth, so that a chunk is little beside a dense [tokens, V], but whole tiles of the products.
+    """Tokens at a time: a quarter, so that a chunk is little beside a dense [tokens, V], but whole tiles of the products.
 
     Args:
         tokens: Scored ones.
         vocabulary: V.
     """
     most = max(1, LOGITS_PER_CHUNK // vocabulary)
-    wanted = max(64, tokens // 8)
+    wanted = max(64, tokens // 4)
     size = min(most, wanted)
     return size - size % 64 if size >= 64 else size
 

@@ -40,11 +40,16 @@ class HeadProduct:
         bias = None if head.bias is None else head.bias.to(results)
         return cls(head.weight.to(factors), bias, head.logit_scale, head.softcap, temperature)
 
-    def logits(self, hidden_nH: Tensor) -> Tensor:
-        """Return `cap(scale · (h Wᵀ + b)) / temperature` [n, V]: `Head.logits`, wider and divided."""
-        z_nV = _product(hidden_nH.to(self.weight.dtype), self.weight.T)
+    def logits(self, hidden_nH: Tensor, tokens: slice = slice(None)) -> Tensor:
+        """Return `cap(scale · (h Wᵀ + b)) / temperature` [n, V]: `Head.logits`, wider and divided.
+
+        Args:
+            hidden_nH: [n, H].
+            tokens: Only their columns.
+        """
+        z_nV = _product(hidden_nH.to(self.weight.dtype), self.weight[tokens].T)
         if self.bias is not None:
-            z_nV.add_(self.bias)
+            z_nV.add_(self.bias[tokens])
         if self.softcap is None:
             return z_nV if self.slope == 1 else z_nV.mul_(self.slope)
         return z_nV.mul_(self.logit_scale / self.softcap).tanh_().mul_(self.softcap / self.temperature)
