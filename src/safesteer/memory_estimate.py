@@ -11,7 +11,7 @@ from peft import get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from safesteer.divergence import LOGITS_PER_CHUNK
+from safesteer.divergence import default_chunk_size
 from safesteer.errors import SafeSteerError, one_line
 from safesteer.loading import adapter_config, choose_device
 from safesteer.modeling import decoder_layers
@@ -27,6 +27,8 @@ from safesteer.workspace import Workspace
 
 # Left free for the CUDA context, fragmentation, and what the estimate does not know.
 _USABLE = 0.85
+# Float32 tensors of a chunk's logits that live at once (see divergence.py), with the gradient's narrower copy for its products.
+_CHUNKS_ALIVE = {"safety_tokens": 2, "teacher_top_k": 3, "full": 8}
 _BYTES = {torch.float64: 8, torch.float32: 4, torch.bfloat16: 2, torch.float16: 2}
 
 
@@ -327,11 +329,9 @@ def _activations(shape: ModelShape, distillation: DistillationSettings, tokens: 
     layer = tokens * (shape.hidden_size * (4 * computing + 8) + width * computing)
     kept = tokens * shape.hidden_size * computing
     layers = layer + shape.layers * kept if distillation.gradient_checkpointing else shape.layers * layer
-    chunk = distillation.divergence_chunk_size
-    logits = LOGITS_PER_CHUNK if chunk is None else chunk * shape.vocabulary
-    # About five tensors of a chunk's logits live at once (see divergence.py), fewer when there are fewer
-    # tokens.
-    return layers + 5 * 4 * min(logits, tokens * shape.vocabulary)
+    chunk = distillation.divergence_chunk_size or default_chunk_size(tokens, shape.vocabulary)
+    alive = _CHUNKS_ALIVE[distillation.vocabulary]
+    return layers + alive * 4 * min(chunk, tokens) * shape.vocabulary
 
 
 def _device(model: ModelSettings) -> torch.device:
