@@ -109,7 +109,7 @@ def plot(series: dict[str, Series], path: Path) -> None:
         )
     axes.plot([1, 8], [1, 8], color="grey", linestyle=":", label="linear")
     axes.set(xscale="log", yscale="log", xlabel="size, relative", ylabel="time, relative")
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7, loc="lower right")
     figure_.tight_layout()
     figure_.savefig(path, dpi=150)
 
