@@ -45,7 +45,7 @@ __all__ = [
 
 LOGITS_PER_CHUNK = 2**26
 """Logits of one model in a default chunk, at most: 256 MiB in float32. One tensor of that size lives at a time; with a
-softcap two, with the teacher's top K three, with the full vocabulary about eight."""
+softcap or the teacher's top K two, with the full vocabulary about eight."""
 
 
 @dataclass(frozen=True)
@@ -134,8 +134,7 @@ def localized_divergence(
         )
 
     ids = None if token_ids is None else token_ids.to(student_hidden.device, torch.int64)
-    in_tiles = ids if vocabulary == "safety_tokens" and ids is not None else weights.new_empty(0).long()
-    tiles = tiles_of(size, in_tiles.to(student_hidden.device))
+    tiles = tiles_of(size, ids if vocabulary == "safety_tokens" else None)
     options = Options(ids, tiles, vocabulary, support, beta, top_k, statistics)
     score = score_all if vocabulary == "full" else score_set
     exact = torch.float64 if student_hidden.dtype == torch.float64 else torch.float32

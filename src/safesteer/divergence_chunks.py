@@ -33,8 +33,9 @@ class Tile(NamedTuple):
     in_S: Tensor
 
 
-def tiles_of(vocabulary: int, token_ids: Tensor) -> tuple[Tile, ...]:
-    """Divide the vocabulary, and tell where the safety tokens [K] are."""
+def tiles_of(vocabulary: int, token_ids: Tensor | None) -> tuple[Tile, ...]:
+    """Divide the vocabulary, and tell where the safety tokens [K] are, if they are S."""
+    token_ids = torch.empty(0, dtype=torch.int64) if token_ids is None else token_ids
     tiles = []
     for start in range(0, vocabulary, TILE):
         stop = min(start + TILE, vocabulary)

@@ -286,12 +286,14 @@ def planned_micro_batch(work: Workspace) -> int:
     distillation = work.settings.distillation
     if distillation.micro_batch_size != "auto":
         return micro_batches(distillation, number_of_processes())[0]
+    size, advice = micro_batches(distillation, number_of_processes())[0], None
     try:
-        memory, advice = planned_memory(work, model_shape(work.settings.model, distillation))
-        size = memory.micro_batch
+        shape = model_shape(work.settings.model, distillation)
     except (SafeSteerError, AttributeError, NotImplementedError, TypeError, ValueError):
-        # Models may be trained whose configuration does not tell their memory.
-        size, advice = micro_batches(distillation, number_of_processes())[0], None
+        pass  # models may be trained whose configuration does not tell their shape
+    else:
+        memory, advice = planned_memory(work, shape)
+        size = memory.micro_batch
     size = int(min(gather_object([size])))
     work.console.note(f"training on {size} prompts at a time (micro_batch_size: auto)")
     if advice is not None:
