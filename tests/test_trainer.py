@@ -1,6 +1,7 @@
 """The training step, against the method's equations in float64, and what surrounds it."""
 
 import copy
+import random
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,28 @@ def test_a_step_is_the_equations_in_float64(
     assert trained
     for name, value in trained.items():
         torch.testing.assert_close(value.grad.double(), reference[name].grad, rtol=2e-3, atol=2e-6, msg=name)
+
+
+class SixTokens(tiny.FixedResponses):
+    """Answers with the first tokens of one response of six, as many as it may."""
+
+    def _generate_single_turn(self, prompt_ids: list[list[int]], *_: Any, **__: Any) -> list[list[int]]:
+        chances = [random.Random(str(list(ids))) for ids in prompt_ids]
+        return [[c.randrange(3, 200) for _ in range(6)][: self.max_completion_length] for c in chances]
+
+
+def test_tokens_that_do_not_count_are_not_sampled(tmp_path: Path) -> None:
+    """And the loss is what it is when they are."""
+    losses = {}
+    for sampled in (3, 6):
+        run = tiny.trainer(tmp_path, cls=SixTokens, first_tokens=3, max_completion_length=6)
+        assert run.max_completion_length == run.generation_kwargs["max_new_tokens"] == 3
+        run.max_completion_length = sampled
+        tiny.jolt(run.model)
+        batches = tiny.microbatches(run)
+        assert all(batch["completion_mask"].sum(1).max() == sampled for batch in batches)
+        losses[sampled] = sum(run.compute_loss(run.model, batch) for batch in batches)
+    torch.testing.assert_close(losses[3], losses[6])
 
 
 def test_logged_statistics_are_averages_over_counted_tokens_by_kind(tmp_path: Path) -> None:

@@ -192,7 +192,7 @@ def estimate_memory(
     trained = adapter if distillation.lora else shape.parameters * trained_bytes
     copied = distillation.teacher in ("frozen_copy", "ema") or not distillation.lora
     computing = 2 if gpu or stored != torch.float32 else 4
-    tokens = prompt_tokens + distillation.max_completion_length
+    tokens = prompt_tokens + distillation.sampled_tokens
     micro_batch, passes = micro_batches(distillation, processes)
     rollout_batch = micro_batch * passes
     return MemoryEstimate(

@@ -127,7 +127,7 @@ class DistillationSettings:
     reduction: Reduction = _setting(
         "response", "Mean over each response's tokens first (the paper), or over all tokens alike."
     )
-    first_tokens: int | None = _setting(None, "Take the loss on the first so many response tokens only.")
+    first_tokens: int | None = _setting(None, "Sample, and take the loss on, the first so many response tokens only.")
     skip_tokens: int = _setting(0, "Leave out the first so many response tokens.")
     anchor_fraction: float = _setting(
         0.5, "Share of each batch that is harmless, with the unsteered base as teacher."
@@ -191,6 +191,11 @@ class DistillationSettings:
             for entry in dataclasses.fields(self)
             if entry.name not in _WITHOUT_EFFECT
         }
+
+    @property
+    def sampled_tokens(self) -> int:
+        """Longest response that is sampled: no tokens after those that count."""
+        return min(self.max_completion_length, self.first_tokens or self.max_completion_length)
 
     def __post_init__(self) -> None:
         """Refuse what no training can be made of.

@@ -104,7 +104,8 @@ class SafeSteerConfig(DistillationConfig):  # type: ignore[misc, unused-ignore]
         metadata={"help": "Average over each response's tokens and then over responses, or over all tokens."},
     )
     first_tokens: int | None = field(
-        default=None, metadata={"help": "Only the first so many tokens of each response count."}
+        default=None,
+        metadata={"help": "Only the first so many tokens of each response count, and no more are sampled."},
     )
     skip_tokens: int = field(
         default=0, metadata={"help": "The first so many tokens of each response do not count."}
@@ -182,6 +183,9 @@ class SafeSteerConfig(DistillationConfig):  # type: ignore[misc, unused-ignore]
         ):
             if broken:
                 raise SafeSteerError(f"{rule}; change the setting.")
+        if self.first_tokens is not None:
+            # Nothing that comes after the tokens that count has a part in the loss.
+            self.max_completion_length = min(self.max_completion_length, self.first_tokens)
         super().__post_init__()
 
     def _refresh_without_ema(self) -> bool:
