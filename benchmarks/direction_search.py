@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from measuring import figure, parser_of, random_qwen3, record, side_by_side
 from torch import Tensor, nn
-from transformers import Qwen3ForCausalLM
+from transformers import PreTrainedModel
 
 from safesteer.chat import Chat, left_pad
 from safesteer.direction import DirectionSettings, RefusalDirection, find_refusal_direction, refusal_score
@@ -49,18 +49,19 @@ def edited(modules: list[nn.Module], edit: Callable[[Tensor], Tensor], *, inputs
 class BruteForce:
     """Every candidate, three whole passes each."""
 
-    def __init__(self, model: Qwen3ForCausalLM, chat: Chat, openers: tuple[int, ...], batch: int) -> None:
+    def __init__(self, model: PreTrainedModel, chat: Chat, openers: tuple[int, ...], batch: int) -> None:
         self.model, self.chat, self.openers, self.batch = model, chat, openers, batch
         self.layers = list(model.model.layers)
+
+    def _padded(self, prompts: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+        return left_pad(self.chat.encode(prompts), self.chat.tokenizer.pad_token_id, self.model.device)
 
     @torch.no_grad()
     def logits(self, prompts: tuple[str, ...]) -> Tensor:
         """Next-token logits [n, V], of whole sequences of them."""
         rows = []
         for start in range(0, len(prompts), self.batch):
-            ids, mask = left_pad(
-                self.chat.encode(prompts[start : start + self.batch]), self.chat.tokenizer.pad_token_id
-            )
+            ids, mask = self._padded(prompts[start : start + self.batch])
             rows.append(self.model(input_ids=ids, attention_mask=mask).logits[:, -1].double())
         return torch.cat(rows)
 
@@ -69,9 +70,7 @@ class BruteForce:
         """Mean residual stream at the layers' inputs, [layers, positions, H] float64."""
         total: Tensor | float = 0.0
         for start in range(0, len(prompts), self.batch):
-            ids, mask = left_pad(
-                self.chat.encode(prompts[start : start + self.batch]), self.chat.tokenizer.pad_token_id
-            )
+            ids, mask = self._padded(prompts[start : start + self.batch])
             hidden = self.model(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[
                 :-1
             ]
@@ -91,7 +90,7 @@ class BruteForce:
         scores: Scores = {}
         for layer in range(len(self.layers)):
             for position in range(-positions, 0):
-                vector = vectors[layer, position].float()
+                vector = vectors[layer, position].to(self.model.dtype)
                 if vector.norm() < 1e-6:
                     continue
                 scores[layer, position] = self._scores(layer, vector, samples, base)

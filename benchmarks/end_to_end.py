@@ -1,14 +1,17 @@
 """`align` beside a plain PyTorch pipeline that does the same job the straightforward way: time and peak memory.
 
-    python benchmarks/end_to_end.py [--hidden 512] [--layers 12] [--completion 32]
+    python benchmarks/end_to_end.py [--shape small] [--completion 32] [--full] [--device cpu] [--only ours]
 
-A random Qwen3-shaped model (over 100 M parameters, the real vocabulary of 151,936), 100 harmful prompts. Each pipeline runs in
-a process of its own, one after the other. The reference holds two full models, searches directions by brute force with
-logits at every position (`direction_search.BruteForce`), keeps [samples, H, V] log-ratios, and trains all weights on a dense
-loss. Random weights refuse nothing, so openers are given, and what the model does unsteered is the bar of the search's
+A model of random weights (by default Qwen3-shaped, over 100 M parameters, the real vocabulary of 151,936), 100 harmful
+prompts. Each pipeline runs in a process of its own, one after the other. Both train a LoRA adapter, or with --full all weights.
+The reference holds two full models, searches directions by brute force with logits at every position
+(`direction_search.BruteForce`), keeps [samples, H, V] log-ratios, and trains on a dense loss.
+
+Random weights refuse nothing, so openers are given, and what the model does unsteered is the bar of the search's
 first test, alike for both: so some candidates pass and others do not.
 """
 
+import argparse
 import json
 import resource
 import subprocess
@@ -21,17 +24,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from direction_search import BruteForce, edited
-from measuring import figure, parser_of, random_qwen3, record
+from measuring import figure, parser_of, record
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Qwen3ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from safesteer.chat import Chat, left_pad
 from safesteer.console import RunConsole
-from safesteer.direction import DirectionSettings
+from safesteer.direction import DirectionSettings, refusal_score
 from safesteer.direction_prompts import sampled_prompts
 from safesteer.loading import load_tokenizer
 from safesteer.pipeline import align
-from safesteer.prompts import load_prompts
+from safesteer.prompts import PromptSet, load_prompts
 from safesteer.recipes import build_settings
 from safesteer.testbed.demo import testbed_folder
 
@@ -47,36 +51,102 @@ DIRECTION: dict[str, Any] = {
     "validation_harmless": 32,
 }
 SAMPLES, HORIZON, SIZE, VOTES, BATCH, STEPS = 2, 7, 50, 200, 32, 4
+OPTIMIZER = "paged_adamw_8bit"  # of bitsandbytes, for all weights on a GPU
 
 
-def make_model(folder: Path, hidden: int, layers: int) -> None:
-    """Save random weights with the testbed's tokenizer."""
-    tokenizer = load_tokenizer(str(testbed_folder() / "model"))
-    model = random_qwen3(
-        layers,
-        hidden,
-        151_936,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+# Of Qwen/Qwen3-4B-Instruct-2507 and meta-llama/Meta-Llama-3-8B-Instruct: what their config.json says.
+SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "model_type": "qwen3",
+        "vocab_size": 8_192,
+        "hidden_size": 64,
+        "intermediate_size": 192,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "tie_word_embeddings": True,
+    },
+    "small": {
+        "model_type": "qwen3",
+        "vocab_size": 151_936,
+        "hidden_size": 512,
+        "intermediate_size": 1_536,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 64,
+        "tie_word_embeddings": True,
+    },
+    "qwen3-4b": {
+        "model_type": "qwen3",
+        "vocab_size": 151_936,
+        "hidden_size": 2_560,
+        "intermediate_size": 9_728,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "tie_word_embeddings": True,
+    },
+    "llama-3-8b": {
+        "model_type": "llama",
+        "vocab_size": 128_256,
+        "hidden_size": 4_096,
+        "intermediate_size": 14_336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "tie_word_embeddings": False,
+    },
+}
+
+
+def make_model(folder: Path, shape: str, device: str) -> None:
+    """Save random weights with the testbed's tokenizer, and what the unsteered model's refusal score is."""
+    chat = Chat(load_tokenizer(str(testbed_folder() / "model")))
+    ends = {"eos_token_id": chat.tokenizer.eos_token_id, "pad_token_id": chat.tokenizer.pad_token_id}
+    config = AutoConfig.for_model(**SHAPES[shape], **ends, bos_token_id=None)
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype_on(device)).eval()
     print(f"{model.num_parameters() / 1e6:.0f} M parameters", flush=True)
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    chat.tokenizer.save_pretrained(folder)
+    harmless = prompts_of("harmless").prompts[:32]
+    score = refusal_score(BruteForce(model, chat, OPENERS, 8).logits(harmless), OPENERS).mean()
+    (folder / "unsteered.json").write_text(json.dumps(float(score)))
 
 
-def ours(folder: Path, completion: int) -> None:
-    """`safesteer align` with its defaults (LoRA) and the sizes above."""
+def dtype_on(device: str) -> torch.dtype:
+    """Weights are bfloat16 on a GPU, float32 on a CPU."""
+    return torch.float32 if device == "cpu" else torch.bfloat16
+
+
+def prompts_of(kind: str) -> PromptSet:
+    """A hundred prompts of the testbed's."""
+    return load_prompts(testbed_folder() / "prompts" / f"{kind}_train.jsonl", count=100)
+
+
+def search_settings(folder: Path) -> dict[str, Any]:
+    """Settings of the direction search, alike for both."""
+    return {**DIRECTION, "min_induction": json.loads((folder / "unsteered.json").read_text())}
+
+
+def ours(folder: Path, completion: int, full: bool, device: str) -> None:
+    """`safesteer align` with its defaults and the sizes above; all weights in 16 bits where 8 billion have to fit."""
     prompts = testbed_folder() / "prompts"
+    on_gpu = {"master_dtype": "bfloat16", "teacher_copy": "cpu", "gradient_checkpointing": True}
     settings = build_settings(
         {
-            "model": {"name": str(folder), "device": "cpu"},
+            "model": {"name": str(folder), "device": device},
             "prompts": {
                 "harmful": str(prompts / "harmful_train.jsonl"),
                 "harmful_count": 100,
                 "harmless": str(prompts / "harmless_train.jsonl"),
                 "harmless_count": 100,
             },
-            "direction": DIRECTION,
+            "direction": search_settings(folder),
             "safety_tokens": {
                 "samples": SAMPLES,
                 "horizon": HORIZON,
@@ -90,6 +160,8 @@ def ours(folder: Path, completion: int) -> None:
                 "max_completion_length": completion,
                 "probe_steps": 0,
                 "checkpoint_steps": 0,
+                "lora": not full,
+                **(on_gpu | {"trainer_args": {"optim": OPTIMIZER}} if full and device != "cpu" else {}),
             },
             "run": {"output": str(folder / "run")},
         }
@@ -97,21 +169,24 @@ def ours(folder: Path, completion: int) -> None:
     align(settings, RunConsole(quiet=True))
 
 
-def reference(folder: Path, completion: int) -> None:
+def reference(folder: Path, completion: int, full: bool, device: str) -> None:
     """The same stages, plainly."""
-    student = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    teacher = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
+    student, teacher = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=dtype_on(device), device_map=device)
+        for _ in range(2)
+    )
+    teacher.eval().requires_grad_(False)
     chat = Chat(load_tokenizer(str(folder)))
-    prompts = testbed_folder() / "prompts"
-    harmful = load_prompts(prompts / "harmful_train.jsonl", count=100)
-    harmless = load_prompts(prompts / "harmless_train.jsonl", count=100)
-    settings = DirectionSettings(**{**DIRECTION, "refusal_token_ids": OPENERS})
+    harmful, harmless = prompts_of("harmful"), prompts_of("harmless")
+    settings = DirectionSettings(**{**search_settings(folder), "refusal_token_ids": OPENERS})
     samples = sampled_prompts(harmful, harmless, settings)
     brute = BruteForce(teacher, chat, OPENERS, batch=32)
     (layer, position), _ = brute.search(samples, settings)
     positions = len(chat.post_instruction_ids)
     means = [brute.means(samples[f"train_{kind}"], positions) for kind in ("harmful", "harmless")]
-    vector = (means[0] - means[1])[layer, position].float()
+    vector = (means[0] - means[1])[layer, position].to(dtype_on(device))
+    if not full:
+        student = get_peft_model(student, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
     ids_S = tokens(brute, teacher, vector, layer, samples["validation_harmless"])
     train(student, teacher, chat, vector, layer, ids_S, list(harmful.prompts), completion)
     student.save_pretrained(folder / "reference")
@@ -120,14 +195,16 @@ def reference(folder: Path, completion: int) -> None:
 @torch.no_grad()
 def tokens(
     brute: BruteForce,
-    teacher: Qwen3ForCausalLM,
+    teacher: PreTrainedModel,
     vector: Tensor,
     layer: int,
     prompts: tuple[str, ...],
 ) -> Tensor:
     """Vote for safety tokens with the log-ratios of all trajectories at once, [samples, H, V]."""
     ids, mask = left_pad(
-        brute.chat.encode([p for p in prompts for _ in range(SAMPLES)]), brute.chat.tokenizer.pad_token_id
+        brute.chat.encode([p for p in prompts for _ in range(SAMPLES)]),
+        brute.chat.tokenizer.pad_token_id,
+        teacher.device,
     )
     steer = edited([brute.layers[layer]], lambda hidden: hidden + vector, inputs=True)
     with steer:
@@ -150,8 +227,8 @@ def tokens(
 
 
 def train(
-    student: Qwen3ForCausalLM,
-    teacher: Qwen3ForCausalLM,
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
     chat: Chat,
     vector: Tensor,
     layer: int,
@@ -159,12 +236,12 @@ def train(
     prompts: list[str],
     completion: int,
 ) -> None:
-    """On-policy distillation on a dense truncated sum, full fine-tuning."""
-    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5)
+    """On-policy distillation on a dense truncated sum."""
+    optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=1e-5)
     layers = list(teacher.model.layers)
     for step in range(STEPS):
         batch = [prompts[(step * BATCH + i) % len(prompts)] for i in range(BATCH)]
-        ids, mask = left_pad(chat.encode(batch), chat.tokenizer.pad_token_id)
+        ids, mask = left_pad(chat.encode(batch), chat.tokenizer.pad_token_id, teacher.device)
         with torch.no_grad():
             rollout = student.generate(
                 input_ids=ids, attention_mask=mask, do_sample=True, top_k=0, max_new_tokens=completion
@@ -184,36 +261,47 @@ def train(
         optimizer.zero_grad()
 
 
-def run_alone(pipeline: str, folder: Path, completion: int) -> dict[str, float]:
+def run_alone(pipeline: str, folder: Path, args: argparse.Namespace) -> dict[str, float]:
     """Run one pipeline in a process of its own."""
     command = [sys.executable, __file__, "--run", pipeline, "--folder", str(folder)]
-    command += ["--completion", str(completion)]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    command += ["--completion", str(args.completion), "--device", args.device, *["--full"] * args.full]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     result: dict[str, float] = json.loads(output.strip().splitlines()[-1])
+    print(f"{pipeline}: {result['seconds']:.1f} s, {result['peak_mb']:.0f} MB", flush=True)
     return result
+
+
+def peak_memory(device: str) -> float:
+    """MB at the peak: of the GPU, or of this process."""
+    if device == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+    return torch.cuda.max_memory_allocated() / 1e6
 
 
 def main() -> None:
     """Measure and record."""
     parser = parser_of(__doc__)
-    parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--shape", choices=SHAPES, default="small")
     parser.add_argument("--completion", type=int, default=32)
+    parser.add_argument("--full", action="store_true", help="Train all weights.")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--only", choices=("ours",), help="Leave the reference out; nothing is recorded.")
     parser.add_argument("--run", choices=("ours", "reference"), help="Run one pipeline and print its cost.")
     parser.add_argument("--folder", type=Path)
     args = parser.parse_args()
     if args.run:
         started = time.perf_counter()
-        {"ours": ours, "reference": reference}[args.run](args.folder, args.completion)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
-        print(json.dumps({"seconds": time.perf_counter() - started, "peak_mb": peak}))
+        {"ours": ours, "reference": reference}[args.run](args.folder, args.completion, args.full, args.device)
+        print(json.dumps({"seconds": time.perf_counter() - started, "peak_mb": peak_memory(args.device)}))
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        make_model(folder, args.hidden, args.layers)
-        cost = {pipeline: run_alone(pipeline, folder, args.completion) for pipeline in ("ours", "reference")}
-    size = {"hidden": args.hidden, "layers": args.layers, "completion": args.completion}
-    mine, plain = cost["ours"], cost["reference"]
+        make_model(folder, args.shape, args.device)
+        mine = run_alone("ours", folder, args)
+        if args.only:
+            return
+        plain = run_alone("reference", folder, args)
+    size = {"shape": args.shape, "completion": args.completion, "full": args.full}
     record(
         "end_to_end",
         [

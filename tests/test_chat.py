@@ -323,7 +323,11 @@ def test_sampling_is_reproducible_and_leaves_the_random_state() -> None:
     first = generate(model, chat, PROMPTS, max_new_tokens=6, temperature=1.0, seed=5)
     assert torch.equal(torch.get_rng_state(), state)
     torch.rand(3)
-    assert generate(model, chat, PROMPTS, max_new_tokens=6, temperature=1.0, seed=5) == first
+    for batch_size in (1, 32):
+        again = generate(
+            model, chat, PROMPTS, max_new_tokens=6, temperature=1.0, seed=5, batch_size=batch_size
+        )
+        assert again == first
     assert generate(model, chat, PROMPTS, max_new_tokens=6, temperature=1.0, seed=6) != first
 
 

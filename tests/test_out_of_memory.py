@@ -141,11 +141,13 @@ def test_one_that_does_not_fit_and_other_errors_are_raised() -> None:
         InParts()(lambda numbers: [number / 0 for number in numbers], [1, 2])
 
 
-def test_generation_halves_its_batches_and_gives_the_same_texts() -> None:
-    wanted = generate(planted_model(), planted_chat(), PROMPTS, max_new_tokens=8, batch_size=8)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_generation_halves_its_batches_and_gives_the_same_texts(temperature: float) -> None:
+    how = {"max_new_tokens": 8, "batch_size": 8, "temperature": temperature}
+    wanted = generate(planted_model(), planted_chat(), PROMPTS, **how)
     assert len(set(wanted)) > 1
     with room_for(2) as passes:
-        found = generate(planted_model(), planted_chat(), PROMPTS, max_new_tokens=8, batch_size=8)
+        found = generate(planted_model(), planted_chat(), PROMPTS, **how)
     assert found == wanted
     assert passes.rows[:2] == [len(PROMPTS), 3] and max(passes.rows[2:]) == 1
 
@@ -285,12 +287,14 @@ def test_one_of_several_processes_says_that_it_ran_out_of_memory(
     assert f"{wanted} --micro-batch-size 1" in process.stderr, process.stderr[-2000:]
 
 
-def test_rollouts_that_do_not_fit_are_sampled_in_parts(tmp_path: Path) -> None:
+def test_rollouts_that_do_not_fit_are_sampled_in_parts_and_stay_the_same(tmp_path: Path) -> None:
     trainer = tiny.trainer(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2)
     prompts = tiny.chat().encode(tiny.HARMFUL[:4])
+    whole = trainer._generate_single_turn(prompts, None, {})
     with room_for(2) as passes:
         responses = trainer._generate_single_turn(prompts, None, {})
-    assert len(responses) == 4
+    assert responses == whole
+    assert len(set(map(tuple, responses))) == 4
     assert all(0 < len(response) <= trainer.args.max_completion_length for response in responses)
     assert passes.rows[:2] == [4, 2]
     assert set(passes.rows[1:]) == {2}

@@ -143,6 +143,22 @@ def test_tokens_that_do_not_count_are_not_sampled(tmp_path: Path) -> None:
     torch.testing.assert_close(losses[3], losses[6])
 
 
+@pytest.mark.parametrize("options", [{}, {"top_k": 3}, {"generation_kwargs": {"typical_p": 0.2}}])
+def test_rollouts_are_drawn_from_a_seed_a_row_unless_tokens_are_ruled_out(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
+    run = tiny.trainer(tmp_path, max_completion_length=24, **options)
+    prompts = tiny.chat().encode([tiny.HARMFUL[0]] * 8)
+    torch.manual_seed(0)
+    first = run._generate_single_turn(prompts, None, {})
+    assert len(set(map(tuple, first))) == 8  # each row is its own draw
+    torch.manual_seed(1)
+    assert (run._generate_single_turn(prompts, None, {}) == first) == (not options)
+    run.state.global_step = 1
+    assert run._generate_single_turn(prompts, None, {}) != first
+    assert "generate" not in vars(run.model)
+
+
 def test_logged_statistics_are_averages_over_counted_tokens_by_kind(tmp_path: Path) -> None:
     run = tiny.trainer(
         tmp_path, cls=tiny.FixedResponses, anchor_fraction=0.25, max_steps=1, learning_rate=0.0

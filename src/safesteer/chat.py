@@ -16,6 +16,7 @@ from safesteer.artifacts import fingerprint
 from safesteer.errors import SafeSteerError, one_line
 from safesteer.modeling import unwrapped
 from safesteer.out_of_memory import InParts
+from safesteer.sampling import Seed, sampling_options
 
 Thinking = Literal["off", "on"]
 
@@ -213,7 +214,7 @@ def generate(
     """Generate one response per prompt with `model.generate`, hooks and adapters in effect.
 
     The checkpoint's own sampling defaults (top-k, top-p, penalties) are set aside: temperature is all there
-    is. The global random state is left as it was.
+    is. The global random state plays no part.
 
     Args:
         model: A causal language model; it is put in evaluation mode meanwhile.
@@ -222,7 +223,7 @@ def generate(
         max_new_tokens: Longest response.
         batch_size: Prompts at a time, of similar length; fewer when they do not fit into memory.
         temperature: 0 is greedy; otherwise pure sampling at that temperature.
-        seed: Of the sampling; the same seed, prompts and batch size give the same responses.
+        seed: Of the sampling; the same seed and prompts give the same responses, whatever the batch size.
         max_length: Longest prompt in tokens (see `Chat.encode`).
 
     Returns:
@@ -230,11 +231,9 @@ def generate(
     """
     ids = chat.encode(prompts, max_length=max_length)
     responses = [""] * len(ids)
-    with generating(
-        model, chat, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
-    ) as respond:
+    with generating(model, chat, max_new_tokens=max_new_tokens, temperature=temperature) as respond:
         for batch in length_sorted_batches(list(map(len, ids)), batch_size):
-            found = respond([ids[index] for index in batch])
+            found = respond([ids[index] for index in batch], [f"{seed}/{index}" for index in batch])
             for index, response in zip(batch, found, strict=True):
                 responses[index] = response.text
     return responses
@@ -265,20 +264,19 @@ class Response:
 
 @contextlib.contextmanager
 def generating(
-    model: PreTrainedModel, chat: Chat, *, max_new_tokens: int, temperature: float = 0.0, seed: int = 0
-) -> Iterator[Callable[..., list[Response]]]:
+    model: PreTrainedModel, chat: Chat, *, max_new_tokens: int, temperature: float = 0.0
+) -> Iterator[Callable[[Sequence[Sequence[int]], Sequence[Seed]], list[Response]]]:
     """Set a model up for plain decoding for the length of a block, and put everything back.
 
     Args:
         model: As for `generate`.
         chat: Whose tokenizer pads and decodes.
         max_new_tokens: Longest response.
-        temperature: 0 is greedy.
-        seed: Of the sampling.
+        temperature: 0 is greedy; otherwise pure sampling at that temperature.
 
     Yields:
-        What makes a batch of token ids (unpadded rows) into responses, in smaller batches when the whole does
-        not fit into memory; keyword arguments go to `model.generate`, and then the batch stays whole.
+        What makes a batch of token ids (unpadded rows), with a sampling seed for each, into responses; in
+        smaller batches when the whole does not fit into memory.
     """
     ends = end_of_turn_ids(model, chat.tokenizer)
     pad_id = chat.tokenizer.pad_token_id
@@ -288,41 +286,28 @@ def generating(
     device = inner.device
     was_training, checkpoint_config = model.training, inner.generation_config
 
-    def answer(ids: Sequence[Sequence[int]], **options: Any) -> list[Response]:
-        input_ids, mask = left_pad(ids, pad_id, device)
+    in_parts = InParts()
+
+    def answer(rows: Sequence[tuple[Sequence[int], Seed]]) -> list[Response]:
+        input_ids, mask = left_pad([ids for ids, _ in rows], pad_id, device)
+        options = sampling_options(temperature, [seed for _, seed in rows])
         with torch.no_grad():
             output = inner.generate(input_ids=input_ids, attention_mask=mask, **options)
         return [_response(chat.tokenizer, row, ends) for row in output[:, input_ids.shape[1] :].tolist()]
 
-    in_parts = InParts()
-
-    def respond(ids: Sequence[Sequence[int]], **options: Any) -> list[Response]:
-        # Options may belong to this very batch, such as a seed per row.
-        return answer(ids, **options) if options else in_parts(answer, ids)
+    def respond(ids: Sequence[Sequence[int]], seeds: Sequence[Seed]) -> list[Response]:
+        return in_parts(answer, list(zip(ids, seeds, strict=True)))
 
     model.train(False)
     # `generate` fills in what a config leaves unset from the model's own: its top-k, its penalties.
-    inner.generation_config = _plain_decoding(max_new_tokens, temperature, ends, pad_id)
+    inner.generation_config = GenerationConfig(
+        max_new_tokens=max_new_tokens, eos_token_id=list(ends) or None, pad_token_id=pad_id
+    )
     try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(seed)
-            yield respond
+        yield respond
     finally:
         inner.generation_config = checkpoint_config
         model.train(was_training)
-
-
-def _plain_decoding(
-    max_new_tokens: int, temperature: float, ends: tuple[int, ...], pad_id: int
-) -> GenerationConfig:
-    """Configure greedy decoding, or sampling from the whole distribution at a temperature."""
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    return GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        eos_token_id=list(ends) or None,
-        pad_token_id=pad_id,
-        **(sampling if temperature > 0 else {}),
-    )
 
 
 def _response(tokenizer: PreTrainedTokenizerBase, ids: list[int], ends: tuple[int, ...]) -> Response:

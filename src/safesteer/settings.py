@@ -127,7 +127,9 @@ class DistillationSettings:
     reduction: Reduction = _setting(
         "response", "Mean over each response's tokens first (the paper), or over all tokens alike."
     )
-    first_tokens: int | None = _setting(None, "Sample, and take the loss on, the first so many response tokens only.")
+    first_tokens: int | None = _setting(
+        None, "Sample, and take the loss on, the first so many response tokens only."
+    )
     skip_tokens: int = _setting(0, "Leave out the first so many response tokens.")
     anchor_fraction: float = _setting(
         0.5, "Share of each batch that is harmless, with the unsteered base as teacher."

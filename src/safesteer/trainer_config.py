@@ -185,7 +185,8 @@ class SafeSteerConfig(DistillationConfig):  # type: ignore[misc, unused-ignore]
                 raise SafeSteerError(f"{rule}; change the setting.")
         if self.first_tokens is not None:
             # Nothing that comes after the tokens that count has a part in the loss.
-            self.max_completion_length = min(self.max_completion_length, self.first_tokens)
+            longest: int = self.max_completion_length
+            self.max_completion_length: int = min(longest, self.first_tokens)
         super().__post_init__()
 
     def _refresh_without_ema(self) -> bool:

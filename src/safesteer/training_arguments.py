@@ -77,7 +77,8 @@ def memory_remedies(settings: DistillationSettings) -> str:
     remedies = {
         "train a LoRA adapter instead of all weights (--lora)": not settings.lora,
         "add --gradient-checkpointing": not settings.gradient_checkpointing,
-        f"lower --max-completion-length, which is {settings.max_completion_length}": settings.sampled_tokens > 1
+        f"lower --max-completion-length, which is {settings.max_completion_length}": settings.sampled_tokens
+        > 1
         and settings.sampled_tokens == settings.max_completion_length,
         "keep the teacher in host memory (--teacher-copy cpu)": not settings.lora
         and settings.teacher != "ema"

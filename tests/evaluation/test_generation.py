@@ -12,7 +12,6 @@ from safesteer.errors import SafeSteerError
 from safesteer.evaluation.benchmark_files import load_benchmark
 from safesteer.evaluation.generation import (
     Decoding,
-    SeededSampling,
     generate_records,
     record_seed,
     that_fit,
@@ -22,6 +21,7 @@ from safesteer.evaluation.records import EvaluationPrompt, Record, RecordFile
 from safesteer.evaluation.runner import evaluate
 from safesteer.evaluation.subjects import Subject, subjects_of
 from safesteer.refusals import is_refusal
+from safesteer.sampling import SeededSampling
 from safesteer.testbed.demo import testbed_folder as bundled_testbed
 
 FOLDER = bundled_testbed() / "model"

@@ -1,21 +1,17 @@
 """Responses of a model in this process: fixed batches of similar length, greedy or sampled, prefilled or not."""
 
 import hashlib
-import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList
-
-from safesteer.chat import Chat, Response, generating, length_sorted_batches
+from safesteer.chat import Chat, generating, length_sorted_batches
 from safesteer.console import ProgressCallback
 from safesteer.errors import SafeSteerError
 from safesteer.evaluation.records import EvaluationPrompt, Record, RecordFile
 from safesteer.evaluation.subjects import Subject
 from safesteer.modeling import unwrapped
+from safesteer.out_of_memory import is_out_of_memory
 
 # How thinking is marked: Qwen3, DeepSeek-R1 and others; Magistral; some fine-tuned models.
 _THINKING = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<thinking>", "</thinking>"))
@@ -46,32 +42,6 @@ class Decoding:
         ]:
             if not least <= value < float("inf"):
                 raise SafeSteerError(f"{flag} is {value}; give a number of at least {least}.")
-
-
-class SeededSampling(LogitsProcessor):
-    """Samples every row from its own seed, so that a response does not depend on the batch it was made in.
-
-    One uniform number per row and step, put through the inverse of the distribution function; all other tokens
-    are ruled out, so that greedy decoding takes the sampled one.
-
-    Args:
-        seeds: One per row.
-        temperature: Divides the logits.
-    """
-
-    def __init__(self, seeds: Sequence[int], temperature: float) -> None:
-        self._generators = [random.Random(seed) for seed in seeds]
-        self._temperature = temperature
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Rule out all but the sampled token; `scores` is [B, V]."""
-        # In float64, where the device has it: a cumulative sum over 150,000 tokens loses digits.
-        wide = torch.float32 if scores.device.type == "mps" else torch.float64
-        cumulative_BV = torch.softmax(scores.to(wide) / self._temperature, dim=-1).cumsum(dim=-1)
-        uniform = torch.tensor([[g.random()] for g in self._generators], dtype=wide, device=scores.device)
-        chosen_B1 = torch.searchsorted(cumulative_BV, uniform * cumulative_BV[:, -1:], right=True)
-        sampled = torch.full_like(scores, -torch.inf)
-        return sampled.scatter_(1, chosen_B1.clamp(max=scores.shape[-1] - 1), 0.0)
 
 
 def encoded(chat: Chat, prompts: Sequence[EvaluationPrompt]) -> list[list[int]]:
@@ -129,20 +99,23 @@ def generate_records(
         return
     ids = encoded(subject.chat, prompts)
     opened = [_opens_thinking(subject.chat, prompt) for prompt in prompts[:1]] == [True]
-    plain = {"max_new_tokens": decoding.max_new_tokens}
-    with subject.steering(), generating(subject.model, subject.chat, **plain) as respond:
+    length, temperature = decoding.max_new_tokens, decoding.temperature
+    with (
+        subject.steering(),
+        generating(subject.model, subject.chat, max_new_tokens=length, temperature=temperature) as respond,
+    ):
         for batch in length_sorted_batches(list(map(len, ids)), decoding.batch_size):
             if all(prompts[index].id in done for index in batch):
                 continue
             seeds = [record_seed(decoding.seed, benchmark, prompts[index].id) for index in batch]
             try:
-                responses: list[Response] = respond(
-                    [ids[index] for index in batch], **sampling_options(decoding.temperature, seeds)
-                )
-            except torch.OutOfMemoryError:
+                responses = respond([ids[index] for index in batch], seeds)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
                 raise SafeSteerError(
-                    f"{subject.name}: the device ran out of memory on {len(batch)} prompts at a time; give a smaller "
-                    "--batch-size (what was generated so far is kept)."
+                    f"{subject.name}: the device's memory does not hold even one prompt at a time; give a smaller "
+                    "--max-new-tokens (what was generated so far is kept)."
                 ) from None
             made = [
                 record_of(benchmark, prompts[index], response.text, response.tokens, seed, opened=opened)
@@ -152,13 +125,6 @@ def generate_records(
             done.update(record.id for record in made)
             if progress is not None:
                 progress(f"{subject.name} answers {benchmark}", len(done), len(prompts))
-
-
-def sampling_options(temperature: float, seeds: Sequence[int]) -> dict[str, LogitsProcessorList]:
-    """Return what `model.generate` needs to sample every row from its own seed; nothing for greedy decoding."""
-    if temperature == 0:
-        return {}
-    return {"logits_processor": LogitsProcessorList([SeededSampling(seeds, temperature)])}
 
 
 def record_of(

@@ -25,7 +25,6 @@ from inspect_ai.tool import ToolChoice, ToolInfo
 from safesteer.chat import Response, generating, length_sorted_batches
 from safesteer.errors import SafeSteerError
 from safesteer.evaluation.batching import Batcher
-from safesteer.evaluation.generation import sampling_options
 from safesteer.evaluation.subjects import Role, Subject, subjects_of
 
 _DEFAULT_TOKENS = 256
@@ -130,8 +129,11 @@ class SafeSteerModel(ModelAPI):
 
     def _respond(self, requests: Sequence[_Request]) -> list[Response]:
         subject, first = self.subject, requests[0]
-        options = sampling_options(first.temperature, [request.seed for request in requests])
-        plain = {"max_new_tokens": first.max_new_tokens}
-        with subject.steering(), generating(subject.model, subject.chat, **plain) as respond:
-            responses: list[Response] = respond([request.ids for request in requests], **options)
-        return responses
+        length, temperature = first.max_new_tokens, first.temperature
+        with (
+            subject.steering(),
+            generating(
+                subject.model, subject.chat, max_new_tokens=length, temperature=temperature
+            ) as respond,
+        ):
+            return respond([request.ids for request in requests], [request.seed for request in requests])
