@@ -136,7 +136,12 @@ def search_settings(folder: Path) -> dict[str, Any]:
 def ours(folder: Path, completion: int, full: bool, device: str) -> None:
     """`safesteer align` with its defaults and the sizes above; all weights in 16 bits where 8 billion have to fit."""
     prompts = testbed_folder() / "prompts"
-    on_gpu = {"master_dtype": "bfloat16", "teacher_copy": "cpu", "gradient_checkpointing": True}
+    all_weights = {
+        "master_dtype": "bfloat16",
+        "teacher_copy": "cpu",
+        "gradient_checkpointing": True,
+        "trainer_args": {"optim": OPTIMIZER} if device != "cpu" else {},
+    }
     settings = build_settings(
         {
             "model": {"name": str(folder), "device": device},
@@ -161,7 +166,7 @@ def ours(folder: Path, completion: int, full: bool, device: str) -> None:
                 "probe_steps": 0,
                 "checkpoint_steps": 0,
                 "lora": not full,
-                **(on_gpu | {"trainer_args": {"optim": OPTIMIZER}} if full and device != "cpu" else {}),
+                **(all_weights if full else {}),
             },
             "run": {"output": str(folder / "run")},
         }
