@@ -37,6 +37,16 @@ def shared_data() -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model that refuses, and prompts: `pipeline_runs.write_inputs`."""
+    from pipeline_runs import write_inputs
+
+    folder = tmp_path_factory.mktemp("inputs")
+    write_inputs(folder)
+    return folder
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> Iterator[None]:
     """Start every test from the same random state."""

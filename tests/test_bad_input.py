@@ -11,19 +11,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from pipeline_runs import run_settings, write_inputs
+from pipeline_runs import run_settings
 from planted_model import ANSWERED, HARMLESS, REFUSED
 from safesteer.artifacts import read_json
 from safesteer.cli import app
 from safesteer.pipeline import align
 from tiny_models import tiny_model
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("inputs")
-    write_inputs(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

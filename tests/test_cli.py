@@ -11,7 +11,7 @@ import torch
 import typer
 from typer.testing import CliRunner, Result
 
-from pipeline_runs import run_settings, write_inputs
+from pipeline_runs import run_settings
 from safesteer import __version__
 from safesteer.cli import COMMANDS, app
 from safesteer.cli.failures import explanation, reported
@@ -28,13 +28,6 @@ SECTIONS = {
 
 def invoke(*arguments: str | Path) -> Result:
     return CliRunner().invoke(app, list(map(str, arguments)), env={"COLUMNS": "300", "TERM": "dumb"})
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("inputs")
-    write_inputs(folder)
-    return folder
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 import tiny_training as tiny
-from pipeline_runs import run_settings, write_inputs
+from pipeline_runs import run_settings
 from planted_model import ANSWERED, REFUSED, planted_chat, planted_model
 from safesteer.artifacts import read_json
 from safesteer.chat import generate
@@ -82,13 +82,6 @@ def _console() -> tuple[RunConsole, io.StringIO]:
 def _weights(folder: Path) -> dict[str, torch.Tensor]:
     (file,) = (folder / "model").glob("*.safetensors")
     return load_file(file)
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("inputs")
-    write_inputs(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from pipeline_runs import run_settings, write_inputs
+from pipeline_runs import run_settings
 from planted_model import ANSWERED, HARMLESS, REFUSED, planted_chat, planted_model, token_id
 from safesteer.artifacts import read_json
 from safesteer.chat import generate
@@ -33,13 +33,6 @@ from safesteer.safety_tokens import SafetyTokens
 from safesteer.settings import Settings
 
 TESTS = Path(__file__).parent
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("inputs")
-    write_inputs(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -7,16 +7,20 @@ of computed, any other is computed anew.
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 from safesteer.artifacts import read_json
+from safesteer.console import ProgressCallback
 from safesteer.direction import RefusalDirection, direction_fingerprint, find_refusal_direction
 from safesteer.errors import SafeSteerError
 from safesteer.out_of_memory import with_smaller_batches
 from safesteer.safety_tokens import SafetyTokens, find_safety_tokens, safety_tokens_fingerprint
 from safesteer.workspace import Workspace
+
+Found = TypeVar("Found")
 
 DIRECTION_FILE = "direction.json"
 TOKENS_FILE = "safety_tokens.json"
@@ -37,21 +41,19 @@ def direction_stage(work: Workspace) -> RefusalDirection:
     if kept:
         direction = RefusalDirection.load(work.folder)
     else:
-        with work.console.stage("direction") as progress:
-            direction = with_smaller_batches(
-                lambda batch_size: find_refusal_direction(
-                    work.model,
-                    work.chat,
-                    *prompts,
-                    replace(settings, batch_size=batch_size),
-                    layer_path=work.settings.model.layer_path,
-                    progress=progress,
-                ),
-                settings.batch_size,
-                what="direction",
-                note=work.console.note,
-                remedies=_REMEDIES,
-            )
+        direction = _searched(
+            work,
+            "direction",
+            settings.batch_size,
+            lambda batch_size, progress: find_refusal_direction(
+                work.model,
+                work.chat,
+                *prompts,
+                replace(settings, batch_size=batch_size),
+                layer_path=work.settings.model.layer_path,
+                progress=progress,
+            ),
+        )
         # Of the batch size that was asked for, so that the next run keeps what was found.
         direction = replace(direction, fingerprint=wanted)
         direction.save(work.folder)
@@ -79,22 +81,20 @@ def tokens_stage(work: Workspace, direction: RefusalDirection) -> SafetyTokens:
     if kept:
         tokens = SafetyTokens.load(work.folder)
     else:
-        with work.console.stage("safety tokens") as progress:
-            tokens = with_smaller_batches(
-                lambda batch_size: find_safety_tokens(
-                    work.model,
-                    work.chat,
-                    prompts,
-                    direction.steering,
-                    replace(settings, batch_size=batch_size),
-                    layer_path=work.settings.model.layer_path,
-                    progress=progress,
-                ),
-                settings.batch_size,
-                what="safety tokens",
-                note=work.console.note,
-                remedies=_REMEDIES,
-            )
+        tokens = _searched(
+            work,
+            "safety tokens",
+            settings.batch_size,
+            lambda batch_size, progress: find_safety_tokens(
+                work.model,
+                work.chat,
+                prompts,
+                direction.steering,
+                replace(settings, batch_size=batch_size),
+                layer_path=work.settings.model.layer_path,
+                progress=progress,
+            ),
+        )
         tokens = replace(tokens, fingerprint=wanted)
         tokens.save(work.folder)
     first = " ".join(repr(token.text) for token in tokens.tokens[:8])
@@ -104,6 +104,20 @@ def tokens_stage(work: Workspace, direction: RefusalDirection) -> SafetyTokens:
         outcome(work.folder / TOKENS_FILE, kept, started),
     )
     return tokens
+
+
+def _searched(
+    work: Workspace, stage: str, batch_size: int, search: Callable[[int, ProgressCallback], Found]
+) -> Found:
+    """Search under a progress bar, in smaller batches when memory runs out."""
+    with work.console.stage(stage) as progress:
+        return with_smaller_batches(
+            lambda smaller: search(smaller, progress),
+            batch_size,
+            what=stage,
+            note=work.console.note,
+            remedies=_REMEDIES,
+        )
 
 
 def contrast_prompts(work: Workspace, direction: RefusalDirection) -> Sequence[str]:

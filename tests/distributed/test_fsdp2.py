@@ -1,8 +1,5 @@
 """Two processes in shards by FSDP2, as `recipes/distributed/fsdp2.yaml` sets it up, train what one process does."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +10,7 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from fsdp2_worker import RESUMED, VARIANTS, train
 from safetensors.torch import load_file
 from torch import Tensor
+from two_processes import results_of
 
 WORKER = Path(__file__).with_name("fsdp2_worker.py")
 CONFIG = Path(__file__).parents[2] / "recipes" / "distributed" / "fsdp2.yaml"
@@ -35,30 +33,14 @@ def launch_environment() -> dict[str, str]:
     """What `accelerate launch` sets from the config, in float32 and without GPUs."""
     arguments = ["--config_file", str(CONFIG), "--mixed_precision", "no", str(WORKER)]
     parsed, _, _ = _validate_launch_command(launch_command_parser().parse_args(arguments))
-    tests = WORKER.parents[1]
-    path = [str(tests), str(tests.parent / "src"), os.environ.get("PYTHONPATH", "")]
-    return {
-        **prepare_multi_gpu_env(parsed),
-        "PYTHONPATH": os.pathsep.join(path),
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
+    return prepare_multi_gpu_env(parsed)
 
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    """What two gloo processes on the CPU saved and logged."""
+    """What two processes saved and logged."""
     folder = tmp_path_factory.mktemp("fsdp2")
-    finished = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", WORKER, folder],
-        env=launch_environment(),
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stderr[-3000:]
-    return folder, torch.load(folder / "results.pt", weights_only=True)
+    return folder, results_of(WORKER, folder, launch_environment())
 
 
 def saved(folder: Path) -> dict[str, Tensor]:

@@ -1,14 +1,12 @@
 """Two processes give the loss, the gradients and the logged averages of one."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from train_worker import VARIANTS, train
+from two_processes import results_of
 
 WORKER = Path(__file__).with_name("train_worker.py")
 AVERAGES = (
@@ -27,20 +25,8 @@ AVERAGES = (
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Gradients and log by variant, from two gloo processes on the CPU."""
-    folder = tmp_path_factory.mktemp("two")
-    tests = WORKER.parents[1]
-    path = [str(tests), str(tests.parent / "src"), os.environ.get("PYTHONPATH", "")]
-    finished = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", WORKER, folder],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stderr[-3000:]
-    return torch.load(folder / "results.pt", weights_only=True)
+    """Gradients and log by variant, from two processes."""
+    return results_of(WORKER, tmp_path_factory.mktemp("two"))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
