@@ -98,7 +98,7 @@ def main() -> None:
     for lora, name in ((True, "LoRA"), (False, "full fine-tuning")):
         seconds = {
             layers: step_seconds(model, chat, layers, lora, args.completion)
-            for layers in ("from_steered", "all", "from_steered", "all")
+            for layers in ("from_steered", "all")
         }
         entries.append(
             figure(

@@ -143,8 +143,8 @@ def main() -> None:
         max_kl=10.0,
         train_harmful=64,
         train_harmless=64,
-        validation_harmful=16,
-        validation_harmless=16,
+        validation_harmful=8,
+        validation_harmless=8,
         batch_size=args.batch,
         fallback="error",
     )

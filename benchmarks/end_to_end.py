@@ -72,7 +72,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 151_936,
         "hidden_size": 512,
         "intermediate_size": 1_536,
-        "num_hidden_layers": 12,
+        "num_hidden_layers": 10,
         "num_attention_heads": 8,
         "num_key_value_heads": 4,
         "head_dim": 64,

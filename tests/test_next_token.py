@@ -74,8 +74,8 @@ def test_samples_follow_the_models_distribution() -> None:
     draws = 2000
     reader = NextTokenReader(planted_model(), chat, draws)
     (batch,) = reader.batches(REFUSED[:1] * draws)
-    with evaluating(planted_model(), seed=3):
-        first = reader.sample(batch, 1).flatten()
+    with evaluating(planted_model()):
+        first = reader.sample(batch, 1, seed=3).flatten()
     expected = logits_of_each(planted_model(), chat, REFUSED[:1])[0].double().softmax(-1)
     counted = torch.bincount(first, minlength=len(expected)) / draws
     # Four standard deviations of a share of 2000 draws.
@@ -91,14 +91,29 @@ def test_sampling_ignores_the_checkpoints_defaults() -> None:
     (batch,) = reader.batches(PROMPTS)
 
     def sample() -> list[list[int]]:
-        with evaluating(model, seed=1):
-            return reader.sample(batch, 12).tolist()
+        with evaluating(model):
+            return reader.sample(batch, 12, seed=1).tolist()
 
     plain = sample()
     model.generation_config.update(
         do_sample=True, top_k=1, top_p=0.1, repetition_penalty=5.0, temperature=0.1, eos_token_id=plain[0][:3]
     )
     assert sample() == plain
+
+
+def test_samples_do_not_depend_on_the_batches() -> None:
+    chat = planted_chat()
+    found = []
+    for size in (2, 6):
+        reader = NextTokenReader(planted_model(), chat, size)
+        with evaluating(reader.model):
+            rows = {
+                row: sample
+                for batch in reader.batches([*REFUSED[:3], *HARMLESS[:3]])
+                for row, sample in zip(batch.rows, reader.sample(batch, 8, seed=5).tolist(), strict=True)
+            }
+        found.append(rows)
+    assert found[0] == found[1]
 
 
 def test_evaluating_leaves_no_trace() -> None:

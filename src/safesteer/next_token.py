@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from safesteer.chat import Chat, end_of_turn_ids, left_pad
 from safesteer.modeling import backbone, evaluation_flags, language_head
 from safesteer.out_of_memory import InParts
+from safesteer.sampling import sampling_options
 
 Progress = Callable[[str, int, int], None]
 """Called as `progress(what is being done, how many are done, how many there are)`."""
@@ -111,28 +112,24 @@ class NextTokenReader:
         """Return the next-token logits, [B, V] in the head's dtype."""
         return self.head.logits(self.hidden(batch)[:, -1])
 
-    def sample(self, batch: Batch, tokens: int, *, temperature: float = 1.0) -> Tensor:
+    def sample(self, batch: Batch, tokens: int, *, temperature: float = 1.0, seed: int = 0) -> Tensor:
         """Continue each prompt by exactly `tokens` tokens, past any end of turn.
 
         Plain sampling: the checkpoint's own top-k, top-p and penalties are set aside. Temperature 0 is
-        greedy. A batch whose keys and values do not fit into memory is continued in parts.
+        greedy. Each prompt has a sampling seed of its own, from `seed` and its place among all prompts, so that
+        the batches do not matter; one whose keys and values do not fit into memory is continued in parts.
 
         Returns:
             The new tokens, [B, tokens] int64.
         """
-        sampling = temperature > 0
 
-        def continued(rows: Sequence[int]) -> Tensor:
+        def continued(places: Sequence[int]) -> Tensor:
             output: Tensor = self.model.generate(  # type: ignore[operator]
-                input_ids=batch.input_ids[list(rows)],
-                attention_mask=batch.mask[list(rows)],
+                input_ids=batch.input_ids[list(places)],
+                attention_mask=batch.mask[list(places)],
                 max_new_tokens=tokens,
                 min_new_tokens=0,
-                do_sample=sampling,
-                temperature=temperature if sampling else 1.0,
-                top_k=0 if sampling else 50,
-                top_p=1.0,
-                typical_p=1.0,
+                do_sample=False,
                 repetition_penalty=1.0,
                 no_repeat_ngram_size=0,
                 num_beams=1,
@@ -142,6 +139,7 @@ class NextTokenReader:
                 pad_token_id=self.pad_id,
                 use_cache=True,
                 return_dict_in_generate=False,
+                **sampling_options(temperature, [f"{seed}/{batch.rows[place]}" for place in places]),
             )
             return output[:, batch.input_ids.shape[1] :]
 

@@ -78,11 +78,12 @@ def detect_refusal_openers(
     reader = NextTokenReader(model, chat, batch_size)
     ends = set(reader.end_ids)
     counts: Counter[int] = Counter()
-    with evaluating(model, seed):
+    with evaluating(model):
         done = 0
         for batch in reader.batches(harmful):
             for temperature in (0.0, 1.0):
-                for response in reader.sample(batch, max_new_tokens, temperature=temperature).tolist():
+                sampled = reader.sample(batch, max_new_tokens, temperature=temperature, seed=seed)
+                for response in sampled.tolist():
                     length = next((t for t, token in enumerate(response) if token in ends), len(response))
                     text = chat.tokenizer.decode(response[:length], skip_special_tokens=True)
                     if is_refusal(str(text)):

@@ -214,9 +214,9 @@ def find_safety_tokens(
     means = _Means(reader.head)
     kept: list[tuple[Tensor, Tensor]] = []
     sampled = 0
-    with evaluating(model, settings.seed):
+    with evaluating(model):
         for batch in reader.batches(repeated):
-            teacher_BHd, base_BHd = _trajectories(reader, batch, steering, settings.horizon, layer_path)
+            teacher_BHd, base_BHd = _trajectories(reader, batch, steering, settings, layer_path)
             counts = torch.ones(len(batch.rows), dtype=torch.bool, device=base_BHd.device)
             for t in range(settings.horizon):
                 likeliest = reader.head.logits(base_BHd[:, t]).argmax(-1)
@@ -323,7 +323,11 @@ class _Means:
 
 
 def _trajectories(
-    reader: NextTokenReader, batch: Batch, steering: Steering, horizon: int, layer_path: str | None
+    reader: NextTokenReader,
+    batch: Batch,
+    steering: Steering,
+    settings: SafetyTokenSettings,
+    layer_path: str | None,
 ) -> tuple[Tensor, Tensor]:
     """Sample `H − 1` tokens from the teacher and score them with both models.
 
@@ -331,9 +335,10 @@ def _trajectories(
         Hidden states of the teacher and of the base model at the `H` positions that predict these tokens and
         the one after them, [B, H, d] each.
     """
+    horizon = settings.horizon
     with steering.applied(reader.model, layer_path):
         if horizon > 1:
-            response = reader.sample(batch, horizon - 1)
+            response = reader.sample(batch, horizon - 1, seed=settings.seed)
             batch = replace(
                 batch,
                 input_ids=torch.cat([batch.input_ids, response], dim=1),
