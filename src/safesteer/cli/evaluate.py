@@ -239,9 +239,9 @@ def evaluate(
             show_list(console)
             return
         if not debug:
-            from safesteer.cli.options import _quieten
+            from safesteer.cli.options import quieten
 
-            _quieten()
+            quieten()
         request = EvaluationRequest(
             model_or_run=model_or_run,
             suite=suite,

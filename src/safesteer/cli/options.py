@@ -68,7 +68,7 @@ def settings_command(
                     recipe = saved
                 layers = [load_recipe(path) for path in (default_recipe, recipe) if path is not None]
                 if not debug:
-                    _quieten()
+                    quieten()
                 function(build_settings(*layers, flags), RunConsole(quiet=quiet), **values)
 
         common = [
@@ -96,7 +96,7 @@ def settings_command(
     return decorate
 
 
-def _quieten() -> None:
+def quieten() -> None:
     """Keep other libraries' bars and deprecation warnings out of the run's own report."""
     import transformers
 
