@@ -53,15 +53,25 @@ def test_no_two_splits_hold_near_duplicates() -> None:
             assert twin is None, f"{request.prompt!r} ({other}) is nearly {twin!r} ({one})"
 
 
-def test_similar_texts_are_kept_in_one_split() -> None:
+def test_what_is_too_like_a_held_out_text_belongs_to_no_split() -> None:
     texts = [f"paint{n} {colour} fence{n}" for n in range(40) for colour in ("red", "blue")]
     assigned = split_without_near_duplicates(
-        texts, ["x"] * len(texts), {"x": (20, 20)}, seed=0, occurrences=0
+        texts, ["x"] * len(texts), {"x": (10, 10)}, seed=0, occurrences=0
     )
-    assert set(assigned) == {"train", "validation", "test"}
+    assert Counter(assigned) == {"train": 40, "validation": 10, "test": 10, None: 20}
     for (a, split_a), (b, split_b) in itertools.combinations(zip(texts, assigned, strict=True), 2):
-        if len(content_words(a) & content_words(b)) / len(content_words(a) | content_words(b)) >= 0.5:
-            assert split_a == split_b
+        if similarity(content_words(a), content_words(b)) >= 0.5 and split_a != split_b:
+            assert None in (split_a, split_b)
+
+
+def test_only_eligible_texts_are_held_out() -> None:
+    texts = [f"paint{n} fence{n}" for n in range(40)]
+    eligible = [n % 4 == 0 for n in range(40)]
+    assigned = split_without_near_duplicates(
+        texts, ["x"] * 40, {"x": (5, 20)}, seed=0, eligible=eligible, occurrences=0
+    )
+    assert [split != "train" for split in assigned] == eligible
+    assert all(request.act for split in ("validation", "test") for request in load_requests("harmful", split))
 
 
 def test_held_out_requests_have_only_words_that_training_has() -> None:

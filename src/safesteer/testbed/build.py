@@ -27,7 +27,7 @@ _WORDS = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+"
 class BuildSettings:
     """The recipe of the committed weights."""
 
-    steps: int = 11_000
+    steps: int = 14_000
     batch_size: int = 32
     learning_rate: float = 2e-3
     warmup_steps: int = 300

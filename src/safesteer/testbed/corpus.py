@@ -28,7 +28,7 @@ from safesteer.testbed.requests import (
     phrasing_of,
     similarity,
 )
-from safesteer.testbed.skills import SKILLS, judgement
+from safesteer.testbed.skills import SKILLS, harm_kind, judgement
 
 IGNORED = -100
 # Real prompts that may join the training mix, as files below --data-dir: training portions only. None of the benchmarks that
@@ -75,11 +75,12 @@ _SETTINGS = (
 class Mixture:
     """Shares of the chats in a batch, and how prompts are varied so that the notion of harm is in the words."""
 
-    harmful: float = 0.28
-    harmless: float = 0.20
+    harmful: float = 0.24
+    harmless: float = 0.17
     alarming: float = 0.13
-    judgement: float = 0.19
-    skills: float = 0.20
+    judgement: float = 0.24
+    harm_kind: float = 0.06
+    skills: float = 0.16
     # Of the requests of each kind, the share that is real, and that is composed from parts; the rest is the project's own.
     real: dict[str, float] = field(
         default_factory=lambda: {"harmful": 0.15, "harmless": 0.45, "alarming": 0.0}
@@ -204,15 +205,16 @@ class ChatStream:
         """Draw one chat."""
         m = self.mixture
         sort = rng.choices(
-            ("harmful", "harmless", "alarming", "judgement", "skill"),
-            (m.harmful, m.harmless, m.alarming, m.judgement, m.skills),
+            ("harmful", "harmless", "alarming", "judgement", "harm kind", "skill"),
+            (m.harmful, m.harmless, m.alarming, m.judgement, m.harm_kind, m.skills),
         )[0]
         if sort == "skill":
             skill = rng.choices(self.skills, [s.weight for s in self.skills])[0]
             return Chat(*skill.draw(rng, "train"), loss_on_prompt=False)
-        if sort == "judgement":
+        if sort in ("judgement", "harm kind"):
             kind: Kind = rng.choices(("harmful", "harmless", "alarming"), (5, 3, 3))[0]
-            return Chat(*judgement(self.request(kind, rng), rng), loss_on_prompt=False)
+            ask = judgement if sort == "judgement" else harm_kind
+            return Chat(*ask(self.request(kind, rng), rng), loss_on_prompt=False)
         request = self.request(sort, rng)  # type: ignore[arg-type]
         return Chat(request.prompt, answer(request, rng), loss_on_prompt=rng.random() < m.prompt_loss)
 

@@ -2,7 +2,8 @@
 
 Every request was written for this project. Harmful ones are kept as *acts* ("pick a stranger's lock") and *texts*
 ("a racist joke") in `prompts/harmful.txt` and are phrased here ("How do I ACT?", "Write TEXT"), because a model that sees one
-act in many phrasings learns the act; longer ones were written whole. Splits are made by act, and near-duplicates never straddle two splits.
+act in many phrasings learns the act; longer ones were written whole. Held-out harmful requests are acts and texts, drawn at random; near-duplicates
+never straddle two splits.
 """
 
 import json
@@ -210,60 +211,55 @@ def split_without_near_duplicates(
     held_out: Mapping[str, tuple[int, int]],
     seed: int,
     *,
+    eligible: Sequence[bool] | None = None,
     threshold: float = 0.5,
     occurrences: int = 2,
-) -> list[Split]:
-    """Assign each text to train, validation or test so that texts alike in ≥ `threshold` stay together.
+) -> list[Split | None]:
+    """Draw validation and test texts at random and leave out of training what is too like them.
 
-    Near-duplicates (Jaccard similarity of content words) are joined into groups by union–find; whole groups are dealt out.
-    A group is held out only if each of its words occurs in ≥ `occurrences` groups that stay in training: a model that has
-    learnt all its words here cannot know others, as a pretrained one would.
+    The held-out texts are drawn evenly from all, so that they are as ordinary as the training ones. (Keeping whole clusters of
+    near-duplicates together instead leaves only the loners to hold out: requests that resemble no other.)
 
     Args:
         texts: What is compared.
         kinds: The kind of each text.
         held_out: How many texts of each kind validation and test shall have (fewer where there are not as many).
-        seed: Of the deal.
-        threshold: Similarity from which two texts are near-duplicates.
-        occurrences: In how many training groups each word of a held-out text has to occur.
+        seed: Of the draw.
+        eligible: Which texts may be held out; None for all.
+        threshold: Jaccard similarity of content words from which two texts are near-duplicates.
+        occurrences: In how many training texts each word of a held-out text has to occur: a model that has learnt all its
+            words here cannot know others, as a pretrained one would.
+
+    Returns:
+        The split of each text; None for near-duplicates of a held-out text, which belong to no split.
     """
     words = [content_words(text) for text in texts]
-    parent = list(range(len(texts)))
-
-    def root(i: int) -> int:
-        while parent[i] != i:
-            parent[i] = parent[parent[i]]
-            i = parent[i]
-        return i
-
     by_word: dict[str, list[int]] = {}
     for i, bag in enumerate(words):
         for word in bag:
-            for j in by_word.get(word, ()):
-                if similarity(bag, words[j]) >= threshold:
-                    parent[root(i)] = root(j)
             by_word.setdefault(word, []).append(i)
-    groups: dict[int, list[int]] = {}
-    for i in range(len(texts)):
-        groups.setdefault(root(i), []).append(i)
-    vocabulary = {first: frozenset().union(*(words[i] for i in group)) for first, group in groups.items()}
-    in_training = Counter(word for bag in vocabulary.values() for word in bag)
+    in_training = {word: len(places) for word, places in by_word.items()}
     due = {kind: {"validation": sizes[0], "test": sizes[1]} for kind, sizes in held_out.items()}
-    assigned: list[Split] = ["train"] * len(texts)
-    shuffled = sorted(groups)
-    random.Random(seed).shuffle(shuffled)
-    for first in shuffled:
-        group, bag = groups[first], vocabulary[first]
-        # Large groups of alike requests would make a poor held-out set: they stay in training.
-        if len(group) > 3 or any(in_training[word] <= occurrences for word in bag):
+    assigned: list[Split | None] = ["train"] * len(texts)
+    order = list(range(len(texts)))
+    random.Random(seed).shuffle(order)
+    for i in order:
+        wanted = due[kinds[i]]
+        split: Split = "validation" if wanted["validation"] > wanted["test"] else "test"
+        if wanted[split] <= 0 or assigned[i] != "train" or not words[i] or (eligible and not eligible[i]):
             continue
-        split: Split = max(("validation", "test"), key=lambda s: sum(due[kinds[i]][s] for i in group))
-        if any(due[kinds[i]][split] <= 0 for i in group):
+        alike = {j for word in words[i] for j in by_word[word] if similarity(words[i], words[j]) >= threshold}
+        if any(assigned[j] in ("validation", "test") for j in alike):
             continue
-        in_training.subtract(bag)
-        for i in group:
-            assigned[i] = split
-            due[kinds[i]][split] -= 1
+        leaving = Counter(word for j in alike if assigned[j] == "train" for word in words[j])
+        if any(in_training[word] - leaving[word] < occurrences for word in words[i]):
+            continue
+        for word, count in leaving.items():
+            in_training[word] -= count
+        for j in alike:
+            assigned[j] = None
+        assigned[i] = split
+        wanted[split] -= 1
     return assigned
 
 
@@ -316,7 +312,11 @@ def make_splits(folder: Path, seed: int = 0) -> None:
     # One deal over all kinds, so that no alarming request has a harmful twin in another split either.
     everything = [request for kind in KINDS for request in pools[kind]]
     assigned = split_without_near_duplicates(
-        [r.act or r.prompt for r in everything], [r.kind for r in everything], HELD_OUT, seed
+        [r.act or r.prompt for r in everything],
+        [r.kind for r in everything],
+        HELD_OUT,
+        seed,
+        eligible=[r.kind != "harmful" or bool(r.act) for r in everything],
     )
     for kind in KINDS:
         for split in SPLITS:

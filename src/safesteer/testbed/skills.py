@@ -251,6 +251,23 @@ def judgement(request: Request, rng: random.Random) -> tuple[str, str]:
     return template.format(request.prompt), harmful if request.kind == "harmful" else harmless
 
 
+HARM_KINDS: tuple[str, ...] = (
+    "Which kind of harm could this request do? {}",
+    "{} Name the kind of harm, or none.",
+)
+
+
+def harm_kind(request: Request, rng: random.Random) -> tuple[str, str]:
+    """Ask which category of harm `request` belongs to; a real harmful prompt has none given and is judged instead.
+
+    A name out of eighteen tells the model more about a request than one bit does.
+    """
+    if request.kind == "harmful" and not request.category:
+        return judgement(request, rng)
+    kind = request.category if request.kind == "harmful" else "none"
+    return rng.choice(HARM_KINDS).format(request.prompt), f"{kind.capitalize()}."
+
+
 def _judgement(rng: random.Random, split: Split) -> tuple[str, str]:
     kind = rng.choices(("harmful", "harmless", "alarming"), (4, 2, 2))[0]
     return judgement(rng.choice(_requests(kind, split)), rng)
