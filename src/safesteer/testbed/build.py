@@ -27,11 +27,11 @@ _WORDS = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+"
 class BuildSettings:
     """The recipe of the committed weights."""
 
-    steps: int = 14_000
+    steps: int = 12_000
     batch_size: int = 32
     learning_rate: float = 2e-3
     warmup_steps: int = 300
-    decay_share: float = 0.35
+    decay_share: float = 1 / 3
     weight_decay: float = 0.1
     vocabulary: int = 3_072
     hidden_size: int = 160
