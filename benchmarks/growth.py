@@ -1,6 +1,6 @@
-"""How time grows with prompts, response length, vocabulary and layers: at most linearly.
+"""How time grows with prompts, response length, vocabulary and layers: linearly, but for the direction search's layers.
 
-    python benchmarks/growth.py [--plot docs/growth.png]
+    python benchmarks/growth.py [--plot docs/images/growth.png]
 
 Each series doubles one size. The exponent is the slope of log time over log size, by least squares; the cost model it is
 held against is in docs/cost.md.
@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+from depth import step_seconds
 from loss import Case
 from measuring import figure, parser_of, random_qwen3, record, side_by_side
 
@@ -78,6 +79,9 @@ def main() -> None:
         "loss, response tokens": {n: loss_seconds(n, 32_768) for n in (256, 512, 1024, 2048)},
         "loss, vocabulary": {v: loss_seconds(512, v) for v in (16_384, 32_768, 65_536, 131_072)},
         "rollouts, response length": {n: rollout_seconds(chat, n) for n in (16, 32, 64, 128)},
+        "training step, layers": {
+            n: step_seconds(random_qwen3(n, 128, 8_192, heads=4), chat, "all", True, 32) for n in (4, 8, 16)
+        },
         "direction search, prompts": {n: direction_seconds(chat, 6, n) for n in (16, 32, 64, 128)},
         "direction search, layers (quadratic: candidates times depth)": {
             n: direction_seconds(chat, n, 16) for n in (4, 8, 16)

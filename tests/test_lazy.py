@@ -21,6 +21,22 @@ def test_a_name_is_imported_when_asked_for() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize(
+    "command", ["align", "direction", "tokens", "distill", "demo", "evaluate", "compare"]
+)
+def test_help_does_not_wait_for_pytorch(command: str) -> None:
+    code = (
+        "import sys\n"
+        "from safesteer.cli import main\n"
+        f"sys.argv = ['safesteer', '{command}', '--help']\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert f"safesteer {command}" in done.stdout
+
+
 def test_other_names_are_no_attributes() -> None:
     found = lazy_names("json", {"JSONDecodeError": "decoder"})
     import json.decoder

@@ -5,7 +5,7 @@ import functools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from jinja2 import TemplateError
@@ -13,12 +13,11 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from safesteer.artifacts import fingerprint
+from safesteer.choices import Thinking
 from safesteer.errors import SafeSteerError, one_line
 from safesteer.modeling import unwrapped
 from safesteer.out_of_memory import InParts
 from safesteer.sampling import Seed, sampling_options
-
-Thinking = Literal["off", "on"]
 
 # Llama-3.1 and later open every system turn with these two lines, the second of which changes daily.
 _DATE_LINES = re.compile(r"Cutting Knowledge Date: [^\n]*\nToday Date: [^\n]*\n\n?")

@@ -23,13 +23,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from safesteer.choices import Support, Vocabulary
 from safesteer.divergence_chunks import Columns, Logits, Options, score_all, score_set, tiles_of
-from safesteer.divergence_dense import (
-    Support,
-    Vocabulary,
-    check_options,
-    dense_divergence,
-)
+from safesteer.divergence_dense import check_options, dense_divergence
 from safesteer.errors import SafeSteerError
 from safesteer.head_products import HeadGradients, HeadProduct, factor_dtype
 from safesteer.modeling import Head

@@ -12,7 +12,8 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from safesteer.divergence_dense import EMPTY, Support, Vocabulary, value_and_gradient
+from safesteer.choices import Support, Vocabulary
+from safesteer.divergence_dense import EMPTY, value_and_gradient
 from safesteer.head_products import HeadProduct
 
 TILE = 8_192

@@ -28,10 +28,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from safesteer.choices import Support, Vocabulary
 from safesteer.errors import SafeSteerError
-
-Support = Literal["truncated", "tail", "generalized", "renormalized"]
-Vocabulary = Literal["safety_tokens", "teacher_top_k", "full"]
 
 EMPTY = -1e30
 """The logit of "no token here". Finite, so that `0 · (EMPTY − EMPTY)` is 0 and not NaN."""

@@ -2,9 +2,9 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,53 +15,17 @@ from safesteer.chat import Chat
 from safesteer.errors import SafeSteerError, one_line
 from safesteer.modeling import Head, model_fingerprint
 from safesteer.next_token import Batch, NextTokenReader, Progress, evaluating, float64, no_progress
+from safesteer.safety_token_settings import SafetyTokenSettings
 from safesteer.steering import Steering
 
-
-def _setting(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
-@dataclass(frozen=True)
-class SafetyTokenSettings:
-    """How the safety tokens are counted; the defaults are the method's (§3 and §4)."""
-
-    horizon: int = _setting(
-        7, "Length H of the trajectories: the first so many positions of a response are compared."
-    )
-    votes_per_position: int = _setting(200, "Each position votes for so many tokens (K').")
-    size: int = _setting(50, "Keep at most so many tokens (K).")
-    samples: int = _setting(8, "Trajectories per prompt (N), sampled from the teacher at temperature 1.")
-    minimum_probability: float = _setting(
-        1e-8, "Ban tokens to which the teacher gives less than this on average."
-    )
-    selection: Literal["vote", "mean"] = _setting(
-        "vote", "Keep the tokens with most votes, or with the highest mean log-ratio."
-    )
-    prompts: Literal["harmless", "harmful"] = _setting(
-        "harmless",
-        "What the trajectories answer: harmless prompts (the method; the teacher must refuse them), or harmful ones.",
-    )
-    batch_size: int = _setting(64, "Trajectories at a time.")
-    seed: int = _setting(42, "Seed of the trajectories.")
-
-    def __post_init__(self) -> None:
-        """Check what nothing could be counted with.
-
-        Raises:
-            SafeSteerError: If a setting is out of its range.
-        """
-        for name in ("horizon", "votes_per_position", "size", "samples", "batch_size"):
-            self._require(name, getattr(self, name) >= 1, "a whole number from 1")
-        self._require(
-            "minimum_probability", 0 <= self.minimum_probability < 1, "a probability from 0 to below 1"
-        )
-        self._require("prompts", self.prompts in ("harmless", "harmful"), "harmless or harmful")
-        self._require("selection", self.selection in ("vote", "mean"), "vote or mean")
-
-    def _require(self, name: str, holds: bool, what: str) -> None:
-        if not holds:
-            raise SafeSteerError(f"safety_tokens.{name} is {getattr(self, name)!r}; give {what}.")
+__all__ = [
+    "SafetyToken",
+    "SafetyTokenSettings",
+    "SafetyTokens",
+    "find_safety_tokens",
+    "safety_tokens_fingerprint",
+    "select_safety_tokens",
+]
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,19 @@ from typing import Any, Literal
 
 import yaml
 
-from safesteer.chat import Thinking
-from safesteer.direction import DirectionSettings
-from safesteer.divergence import Support, Vocabulary
+from safesteer.choices import (
+    SAFETY_SYSTEM_PROMPT,
+    Reduction,
+    Support,
+    TeacherCopy,
+    TeacherKind,
+    Thinking,
+    TrainLayers,
+    Vocabulary,
+)
+from safesteer.direction_settings import DirectionSettings
 from safesteer.errors import SafeSteerError
-from safesteer.safety_tokens import SafetyTokenSettings
-from safesteer.trainer_config import SAFETY_SYSTEM_PROMPT, Reduction, TeacherCopy, TeacherKind, TrainLayers
+from safesteer.safety_token_settings import SafetyTokenSettings
 
 
 def _setting(default: Any, help: str, *, flag: str | None = None, path: bool = False) -> Any:

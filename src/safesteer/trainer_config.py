@@ -1,23 +1,21 @@
 """Settings of the distillation stage, `SafeSteerConfig`."""
 
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from trl import DistillationConfig
 
-from safesteer.divergence import Support, Vocabulary
-from safesteer.errors import SafeSteerError
-
-TeacherKind = Literal["auto", "adapter_off", "frozen_copy", "ema", "system_prompt"]
-Reduction = Literal["response", "token"]
-TrainLayers = Literal["all", "from_steered"]
-TeacherCopy = Literal["same", "cpu", "int8"]
-
-SAFETY_SYSTEM_PROMPT = (
-    "You are a safety-conscious assistant. Refuse every request that could help someone cause harm, briefly "
-    "and politely, and answer all others."
+from safesteer.choices import (
+    SAFETY_SYSTEM_PROMPT,
+    Reduction,
+    Support,
+    TeacherCopy,
+    TeacherKind,
+    TrainLayers,
+    Vocabulary,
 )
+from safesteer.errors import SafeSteerError
 
 
 @dataclass

@@ -4,7 +4,6 @@ import contextlib
 import errno
 from collections.abc import Iterator
 
-import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
@@ -50,7 +49,10 @@ def explanation(error: BaseException) -> str | None:
     """Say in one sentence what the user can do about an error; None if it is no fault of theirs."""
     if isinstance(error, SafeSteerError):
         return str(error)
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+    # Here, because --help fails at nothing and torch takes seconds to load.
+    from safesteer.out_of_memory import is_out_of_memory
+
+    if is_out_of_memory(error):
         return (
             "the device ran out of memory; lower --micro-batch-size, --direction-batch-size or "
             "--tokens-batch-size, add --gradient-checkpointing, or see --dry-run for what takes how much."
