@@ -66,6 +66,7 @@ def step_seconds(model: Qwen3ForCausalLM, chat: Chat, layers: str, lora: bool, c
             use_cpu=not torch.cuda.is_available(),
             disable_tqdm=True,
             save_strategy="no",
+            logging_strategy="no",
             report_to="none",
         )
         trainer = GivenResponses(

@@ -116,6 +116,9 @@ def make_model(folder: Path, shape: str, device: str) -> None:
     harmless = prompts_of("harmless").prompts[:32]
     score = refusal_score(BruteForce(model, chat, OPENERS, 8).logits(harmless), OPENERS).mean()
     (folder / "unsteered.json").write_text(json.dumps(float(score)))
+    del model
+    if device != "cpu":
+        torch.cuda.empty_cache()  # for the pipelines, which are processes of their own
 
 
 def dtype_on(device: str) -> torch.dtype:
@@ -308,7 +311,7 @@ def main() -> None:
         plain = run_alone("reference", folder, args)
     size = {"shape": args.shape, "completion": args.completion, "full": args.full}
     record(
-        "end_to_end",
+        "end_to_end" if args.shape == "small" else f"end_to_end, {args.shape}",
         [
             figure("align end to end, time", mine["seconds"], plain["seconds"], "s", **size),
             figure("align end to end, peak memory", mine["peak_mb"], plain["peak_mb"], "MB", **size),

@@ -19,6 +19,8 @@ import torch
 from transformers import PreTrainedModel
 
 from safesteer.chat import Chat
+from safesteer.direction import DirectionSettings, RefusalDirection, find_refusal_direction
+from safesteer.prompts import PromptSet
 from tiny_models import chatml_tokenizer, tiny_model
 
 SENTENCES = (
@@ -114,3 +116,13 @@ def planted_model() -> PreTrainedModel:
         head[token_id("I"), REFUSE] = 2.0
         head[token_id("Sorry"), REFUSE] = 1.85
     return model
+
+
+def planted_direction() -> RefusalDirection:
+    """The planted model's refusal direction, as the search finds it."""
+    settings = DirectionSettings(
+        train_harmful=14, validation_harmful=6, train_harmless=10, validation_harmless=6
+    )
+    harmful = PromptSet(REFUSED + ANSWERED, "harmful.txt")
+    harmless = PromptSet(HARMLESS, "harmless.txt")
+    return find_refusal_direction(planted_model(), planted_chat(), harmful, harmless, settings)

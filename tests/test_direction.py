@@ -1,7 +1,6 @@
-"""The refusal direction: where it is known, against brute force on random models, saved and loaded."""
+"""The refusal direction: where it is known, and against brute force on random models."""
 
 import dataclasses
-import json
 import math
 import statistics
 from pathlib import Path
@@ -10,7 +9,16 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from planted_model import ANSWERED, HARMLESS, REFUSE, REFUSED, planted_chat, planted_model, token_id
+from planted_model import (
+    ANSWERED,
+    HARMLESS,
+    REFUSE,
+    REFUSED,
+    planted_chat,
+    planted_direction,
+    planted_model,
+    token_id,
+)
 from safesteer.chat import Chat
 from safesteer.direction import (
     DirectionSettings,
@@ -20,7 +28,6 @@ from safesteer.direction import (
 )
 from safesteer.direction_prompts import sampled_prompts
 from safesteer.errors import SafeSteerError
-from safesteer.modeling import model_fingerprint
 from safesteer.prompts import PromptSet
 from tiny_models import chatml_tokenizer
 from whole_passes import BruteForceDirection, architecture, log_probabilities
@@ -35,12 +42,7 @@ SIZES = {"train_harmful": 6, "train_harmless": 6, "validation_harmful": 4, "vali
 
 @pytest.fixture(scope="module")
 def planted() -> RefusalDirection:
-    settings = DirectionSettings(
-        train_harmful=14, validation_harmful=6, train_harmless=10, validation_harmless=6
-    )
-    return find_refusal_direction(
-        planted_model(), planted_chat(), PLANTED_HARMFUL, PLANTED_HARMLESS, settings
-    )
+    return planted_direction()
 
 
 def test_the_planted_direction_is_found(planted: RefusalDirection) -> None:
@@ -344,69 +346,6 @@ def test_pruning_every_layer_away() -> None:
             PLANTED_HARMLESS,
             DirectionSettings(prune_layers_above=0.2, refusal_token_ids=(43, 332), batch_size=64),
         )
-
-
-def equal(one: RefusalDirection, other: RefusalDirection) -> bool:
-    """Compare all fields; NaN equals NaN."""
-    plain = [{name: value for name, value in vars(d).items() if name != "vector"} for d in (one, other)]
-    return torch.equal(one.vector, other.vector) and repr(plain[0]) == repr(plain[1])
-
-
-def test_saved_and_loaded(planted: RefusalDirection, tmp_path: Path) -> None:
-    planted.save(tmp_path / "run")
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
-        "direction.json",
-        "direction.safetensors",
-    ]
-    loaded = RefusalDirection.load(tmp_path / "run")
-    assert equal(loaded, planted)
-    assert math.isnan(loaded.candidates[0].kl)
-    json.loads((tmp_path / "run" / "direction.json").read_text(), parse_constant=pytest.fail)
-
-
-def test_a_flip_rate_that_is_no_number_survives_saving(planted: RefusalDirection, tmp_path: Path) -> None:
-    dataclasses.replace(planted, flip_rate=math.nan).save(tmp_path)
-    assert math.isnan(RefusalDirection.load(tmp_path).flip_rate)
-
-
-def test_damaged_files(planted: RefusalDirection, tmp_path: Path) -> None:
-    with pytest.raises(SafeSteerError, match="direction.json: no such file"):
-        RefusalDirection.load(tmp_path)
-    planted.save(tmp_path)
-    record = json.loads((tmp_path / "direction.json").read_text())
-
-    def load_with(changes: dict) -> None:
-        (tmp_path / "direction.json").write_text(json.dumps({**record, **changes}))
-        RefusalDirection.load(tmp_path)
-
-    load_with({})
-    for changes in (
-        {"layer": None},
-        {"openers": {"ids": [1]}},
-        {"candidates": [{}]},
-        {"unknown": 1},
-        {"openers": 3},
-    ):
-        with pytest.raises(SafeSteerError, match="direction.json: is not a whole refusal direction"):
-            load_with(changes)
-    with pytest.raises(SafeSteerError, match="are of different searches"):
-        load_with({"fingerprint": "0" * 64})
-    del record["layer"]
-    with pytest.raises(SafeSteerError, match="is not a whole refusal direction .KeyError"):
-        load_with({})
-    planted.save(tmp_path)
-    (tmp_path / "direction.safetensors").write_bytes(b"damaged")
-    with pytest.raises(SafeSteerError, match="direction.safetensors: cannot be read as safetensors"):
-        RefusalDirection.load(tmp_path)
-    dataclasses.replace(planted, vector=planted.vector * math.nan).save(tmp_path)
-    with pytest.raises(SafeSteerError, match="not finite float32"):
-        RefusalDirection.load(tmp_path)
-
-
-def test_another_models_direction_is_refused(planted: RefusalDirection) -> None:
-    planted.require_model(model_fingerprint(planted_model()))
-    with pytest.raises(SafeSteerError, match="the refusal direction was found on another model"):
-        planted.require_model(model_fingerprint(architecture("qwen3")))
 
 
 def test_the_fingerprint_covers_what_the_search_depends_on() -> None:

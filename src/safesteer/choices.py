@@ -1,6 +1,7 @@
-"""What settings can be chosen from, apart from the code that acts on it: `--help` loads no library for it."""
+"""How settings are declared and what can be chosen, apart from the code that acts on it: `--help` loads no library for it."""
 
-from typing import Literal
+from dataclasses import field
+from typing import Any, Literal
 
 Thinking = Literal["off", "on"]
 Support = Literal["truncated", "tail", "generalized", "renormalized"]
@@ -14,3 +15,11 @@ SAFETY_SYSTEM_PROMPT = (
     "You are a safety-conscious assistant. Refuse every request that could help someone cause harm, briefly "
     "and politely, and answer all others."
 )
+
+
+def setting(default: Any, help: str, *, flag: str | None = None, path: bool = False) -> Any:
+    """Declare a setting; `path` marks those that a recipe may give relative to its own folder."""
+    metadata = {"help": help, "flag": flag, "path": path}
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata=metadata)
+    return field(default=default, metadata=metadata)

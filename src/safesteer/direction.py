@@ -225,7 +225,7 @@ def find_refusal_direction(
     progress = progress or no_progress
     layers = list(decoder_layers(model, layer_path))
     samples = sampled_prompts(harmful, harmless, settings)
-    with evaluating(model, settings.seed):
+    with evaluating(model):
         openers = _openers(model, chat, samples, settings, progress)
         reader = NextTokenReader(model, chat, settings.batch_size)
         used = filtered_prompts(reader, samples, openers, settings, progress)

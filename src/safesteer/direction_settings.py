@@ -1,14 +1,11 @@
 """Settings of the search for the refusal direction."""
 
 import math
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
+from safesteer.choices import setting
 from safesteer.errors import SafeSteerError
-
-
-def _setting(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass(frozen=True)
@@ -19,41 +16,41 @@ class DirectionSettings:
     induction test has a fallback.
     """
 
-    train_harmful: int = _setting(128, "Harmful prompts whose activations are averaged.")
-    train_harmless: int = _setting(128, "Harmless prompts whose activations are averaged.")
-    validation_harmful: int = _setting(32, "Harmful prompts that candidates are scored on.")
-    validation_harmless: int = _setting(
+    train_harmful: int = setting(128, "Harmful prompts whose activations are averaged.")
+    train_harmless: int = setting(128, "Harmless prompts whose activations are averaged.")
+    validation_harmful: int = setting(32, "Harmful prompts that candidates are scored on.")
+    validation_harmless: int = setting(
         32, "Harmless prompts that candidates are scored on; the safety tokens are counted on them too."
     )
-    max_kl: float = _setting(
+    max_kl: float = setting(
         0.1, "Discard candidates whose ablation moves harmless prompts by more (KL, nats)."
     )
-    min_induction: float = _setting(
+    min_induction: float = setting(
         0.0, "Discard candidates that induce refusals of harmless prompts less (log-odds)."
     )
-    prune_layers_above: float = _setting(0.8, "Discard layers from this share of the depth on.")
-    filter_prompts: bool = _setting(
+    prune_layers_above: float = setting(0.8, "Discard layers from this share of the depth on.")
+    filter_prompts: bool = setting(
         True, "Use only the harmful prompts that the model refuses and the harmless ones that it does not."
     )
-    contrast: Literal["harmless", "answered"] = _setting(
+    contrast: Literal["harmless", "answered"] = setting(
         "harmless",
         "What refused harmful prompts are contrasted with: harmless ones (the method), or harmful ones that the model answers.",
     )
-    coefficient: float | None = _setting(None, "Strength of the steering; none searches `coefficients`.")
-    coefficients: tuple[float, ...] = _setting(
+    coefficient: float | None = setting(None, "Strength of the steering; none searches `coefficients`.")
+    coefficients: tuple[float, ...] = setting(
         (1.0, 1.5, 2.0, 3.0), "Strengths to try, up to the target flip rate."
     )
-    target_flip_rate: float = _setting(
+    target_flip_rate: float = setting(
         0.9, "Share of answered harmful prompts that steering shall turn into refusals."
     )
-    refusal_token_ids: tuple[int, ...] | None = _setting(
+    refusal_token_ids: tuple[int, ...] | None = setting(
         None, "Tokens that open this model's refusals, e.g. 40,2121,2753,2132 for Qwen3; none detects them."
     )
-    fallback: Literal["error", "relax"] = _setting(
+    fallback: Literal["error", "relax"] = setting(
         "relax", "When no candidate passes: stop, or relax the induction test and say so."
     )
-    batch_size: int = _setting(32, "Prompts at a time.")
-    seed: int = _setting(42, "Seed of the prompts' sample and of the responses that openers are found in.")
+    batch_size: int = setting(32, "Prompts at a time.")
+    seed: int = setting(42, "Seed of the prompts' sample and of the responses that openers are found in.")
 
     def __post_init__(self) -> None:
         """Check what no search could work with.

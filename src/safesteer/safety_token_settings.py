@@ -1,37 +1,34 @@
 """Settings of the count of safety tokens."""
 
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
+from safesteer.choices import setting
 from safesteer.errors import SafeSteerError
-
-
-def _setting(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass(frozen=True)
 class SafetyTokenSettings:
     """How the safety tokens are counted; the defaults are the method's (§3 and §4)."""
 
-    horizon: int = _setting(
+    horizon: int = setting(
         7, "Length H of the trajectories: the first so many positions of a response are compared."
     )
-    votes_per_position: int = _setting(200, "Each position votes for so many tokens (K').")
-    size: int = _setting(50, "Keep at most so many tokens (K).")
-    samples: int = _setting(8, "Trajectories per prompt (N), sampled from the teacher at temperature 1.")
-    minimum_probability: float = _setting(
+    votes_per_position: int = setting(200, "Each position votes for so many tokens (K').")
+    size: int = setting(50, "Keep at most so many tokens (K).")
+    samples: int = setting(8, "Trajectories per prompt (N), sampled from the teacher at temperature 1.")
+    minimum_probability: float = setting(
         1e-8, "Ban tokens to which the teacher gives less than this on average."
     )
-    selection: Literal["vote", "mean"] = _setting(
+    selection: Literal["vote", "mean"] = setting(
         "vote", "Keep the tokens with most votes, or with the highest mean log-ratio."
     )
-    prompts: Literal["harmless", "harmful"] = _setting(
+    prompts: Literal["harmless", "harmful"] = setting(
         "harmless",
         "What the trajectories answer: harmless prompts (the method; the teacher must refuse them), or harmful ones.",
     )
-    batch_size: int = _setting(64, "Trajectories at a time.")
-    seed: int = _setting(42, "Seed of the trajectories.")
+    batch_size: int = setting(64, "Trajectories at a time.")
+    seed: int = setting(42, "Seed of the trajectories.")
 
     def __post_init__(self) -> None:
         """Check what nothing could be counted with.

@@ -2,7 +2,7 @@
 
 import copy
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -45,6 +45,22 @@ def sampling_options(temperature: float, seeds: Sequence[Seed]) -> dict[str, Log
     if temperature == 0:
         return {}
     return {"logits_processor": LogitsProcessorList([SeededSampling(seeds, temperature)])}
+
+
+def samples_plainly(config: GenerationConfig, further: Mapping[str, Any] | None) -> bool:
+    """Tell whether a generation config draws from the whole distribution at a temperature: no top-k and the like.
+
+    Args:
+        config: As a trainer made it.
+        further: Options that its user added; only `remove_invalid_values` is known to leave the distribution whole.
+    """
+    return (
+        not set(further or {}) - {"remove_invalid_values"}
+        and config.top_k in (None, 0)
+        and config.top_p in (None, 1.0)
+        and config.repetition_penalty in (None, 1.0)
+        and config.min_p is None
+    )
 
 
 @contextmanager

@@ -21,44 +21,37 @@ from safesteer.choices import (
     Thinking,
     TrainLayers,
     Vocabulary,
+    setting,
 )
 from safesteer.direction_settings import DirectionSettings
 from safesteer.errors import SafeSteerError
 from safesteer.safety_token_settings import SafetyTokenSettings
 
 
-def _setting(default: Any, help: str, *, flag: str | None = None, path: bool = False) -> Any:
-    """Declare a setting; `path` marks those that a recipe may give relative to its own folder."""
-    metadata = {"help": help, "flag": flag, "path": path}
-    if isinstance(default, dict):
-        return field(default_factory=lambda: dict(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
 @dataclass(frozen=True)
 class ModelSettings:
     """Which model, and how it is talked to."""
 
-    name: str = _setting(
+    name: str = setting(
         "", "Hub id or folder of the chat model (or of a LoRA adapter).", flag="model", path=True
     )
-    revision: str | None = _setting(None, "Branch, tag or commit of the hub model.")
-    dtype: str = _setting(
+    revision: str | None = setting(None, "Branch, tag or commit of the hub model.")
+    dtype: str = setting(
         "auto", "Weights' dtype: float32, bfloat16, float16, or auto (the checkpoint's on a GPU)."
     )
-    device: str | None = _setting(None, "Device: cpu, cuda or mps; by default the best there is.")
-    attn_implementation: str | None = _setting(None, "Attention kernel: eager, sdpa, flash_attention_2, …")
-    trust_remote_code: bool = _setting(False, "Run Python code that the model's repository ships.")
-    layer_path: str | None = _setting(
+    device: str | None = setting(None, "Device: cpu, cuda or mps; by default the best there is.")
+    attn_implementation: str | None = setting(None, "Attention kernel: eager, sdpa, flash_attention_2, …")
+    trust_remote_code: bool = setting(False, "Run Python code that the model's repository ships.")
+    layer_path: str | None = setting(
         None, "Where the decoder layers are, e.g. model.layers, if they are not found."
     )
-    chat_template: str | None = _setting(None, "Jinja file to use as the chat template.", path=True)
-    system_prompt: str | None = _setting(None, "System prompt put before every prompt.")
-    thinking: Thinking = _setting(
+    chat_template: str | None = setting(None, "Jinja file to use as the chat template.", path=True)
+    system_prompt: str | None = setting(None, "System prompt put before every prompt.")
+    thinking: Thinking = setting(
         "off", "For models that can think: off closes the think block before the answer."
     )
-    template_kwargs: Mapping[str, Any] = _setting({}, "More variables for the chat template, as JSON.")
-    drop_date_lines: bool = _setting(
+    template_kwargs: Mapping[str, Any] = setting({}, "More variables for the chat template, as JSON.")
+    drop_date_lines: bool = setting(
         True, "Leave out the date lines of Llama-3.1 and later, which change daily."
     )
 
@@ -79,111 +72,111 @@ class ModelSettings:
 class PromptSettings:
     """Which prompts."""
 
-    harmful: str = _setting(
+    harmful: str = setting(
         "", "Harmful prompts: .json, .jsonl, .csv, .parquet, .txt or a hub dataset.", path=True
     )
-    harmless: str | None = _setting(
+    harmless: str | None = setting(
         None,
         "Harmless prompts, for the direction, the safety tokens and the anchor; by default the bundled ones.",
         path=True,
     )
-    direction_harmful: str | None = _setting(
+    direction_harmful: str | None = setting(
         None,
         "Harmful prompts for the direction alone, when they should differ from those trained on.",
         path=True,
     )
-    prompt_field: str | None = _setting(
+    prompt_field: str | None = setting(
         None, "Column or key that holds the prompt; found by itself when it is usual."
     )
-    split: str = _setting("train", "Split to take of a hub dataset.", flag="prompt-split")
-    harmful_count: int | None = _setting(None, "How many harmful prompts to draw; by default all.")
-    harmless_count: int | None = _setting(None, "How many harmless prompts to draw; by default all.")
-    max_characters: int = _setting(4000, "Prompts longer than this are dropped, and counted.")
+    split: str = setting("train", "Split to take of a hub dataset.", flag="prompt-split")
+    harmful_count: int | None = setting(None, "How many harmful prompts to draw; by default all.")
+    harmless_count: int | None = setting(None, "How many harmless prompts to draw; by default all.")
+    max_characters: int = setting(4000, "Prompts longer than this are dropped, and counted.")
 
 
 @dataclass(frozen=True)
 class DistillationSettings:
     """How the student learns from the teacher (method §4)."""
 
-    lora: bool = _setting(
+    lora: bool = setting(
         True,
         "Train a LoRA adapter (the teacher shares the weights) or all weights (a second copy teaches).",
     )
-    lora_rank: int = _setting(32, "Rank of the LoRA adapter.")
-    lora_alpha: int = _setting(64, "Scale of the LoRA adapter: its update is multiplied by alpha/rank.")
-    lora_targets: tuple[str, ...] = _setting(("all-linear",), "Names of the modules that get an adapter.")
-    teacher: TeacherKind = _setting(
+    lora_rank: int = setting(32, "Rank of the LoRA adapter.")
+    lora_alpha: int = setting(64, "Scale of the LoRA adapter: its update is multiplied by alpha/rank.")
+    lora_targets: tuple[str, ...] = setting(("all-linear",), "Names of the modules that get an adapter.")
+    teacher: TeacherKind = setting(
         "auto", "Where the teacher's weights are: auto takes adapter_off with LoRA, frozen_copy without."
     )
-    teacher_copy: TeacherCopy = _setting(
+    teacher_copy: TeacherCopy = setting(
         "same",
         "Where a second copy of the weights keeps its layers: like the student's (same), in host memory, one "
         "at a time on the device (cpu), or with their linear maps in eight bits (int8).",
     )
-    vocabulary: Vocabulary = _setting("safety_tokens", "Tokens S that the loss looks at.")
-    support: Support = _setting(
+    vocabulary: Vocabulary = setting("safety_tokens", "Tokens S that the loss looks at.")
+    support: Support = setting(
         "tail",
         "What becomes of the tokens outside S: truncated drops them (the paper), tail makes them one bucket, "
         "generalized corrects each term for its mass, renormalized looks inside S alone.",
     )
-    teacher_system_prompt: str = _setting(SAFETY_SYSTEM_PROMPT, "System prompt of the teacher system_prompt.")
-    beta: float = _setting(
+    teacher_system_prompt: str = setting(SAFETY_SYSTEM_PROMPT, "System prompt of the teacher system_prompt.")
+    beta: float = setting(
         1.0, "Divergence: 1 reverse KL(student‖teacher), 0 forward KL, between generalized JSD."
     )
-    teacher_top_k: int = _setting(50, "Tokens per position of the vocabulary teacher_top_k.")
-    reduction: Reduction = _setting(
+    teacher_top_k: int = setting(50, "Tokens per position of the vocabulary teacher_top_k.")
+    reduction: Reduction = setting(
         "response", "Mean over each response's tokens first (the paper), or over all tokens alike."
     )
-    first_tokens: int | None = _setting(
+    first_tokens: int | None = setting(
         None, "Sample, and take the loss on, the first so many response tokens only."
     )
-    skip_tokens: int = _setting(0, "Leave out the first so many response tokens.")
-    anchor_fraction: float = _setting(
+    skip_tokens: int = setting(0, "Leave out the first so many response tokens.")
+    anchor_fraction: float = setting(
         0.5, "Share of each batch that is harmless, with the unsteered base as teacher."
     )
-    train_layers: TrainLayers = _setting(
+    train_layers: TrainLayers = setting(
         "all", "Which layers are trained; from_steered leaves those below the steered one alone."
     )
-    ema_rate: float = _setting(0.01, "Teacher ema: share of the student taken over after each step.")
-    refresh_steps: int = _setting(
+    ema_rate: float = setting(0.01, "Teacher ema: share of the student taken over after each step.")
+    refresh_steps: int = setting(
         0, "Teacher ema: find direction and tokens anew every so many steps; 0 never."
     )
-    learning_rate: float | None = _setting(
+    learning_rate: float | None = setting(
         None, "Peak learning rate; by default 1e-4 with LoRA, 1e-5 without."
     )
-    steps: int | None = _setting(None, "Optimizer steps; by default as many as the epochs make.")
-    epochs: float = _setting(1.0, "Passes over the harmful prompts, unless steps are given.")
-    batch_size: int = _setting(32, "Prompts per optimizer step, over all devices.")
-    micro_batch_size: int | Literal["auto"] = _setting(
+    steps: int | None = setting(None, "Optimizer steps; by default as many as the epochs make.")
+    epochs: float = setting(1.0, "Passes over the harmful prompts, unless steps are given.")
+    batch_size: int = setting(32, "Prompts per optimizer step, over all devices.")
+    micro_batch_size: int | Literal["auto"] = setting(
         "auto",
         "Prompts per forward and backward pass on one device; auto takes as many as the memory estimate lets "
         "it. Halved when memory runs out.",
     )
-    max_prompt_length: int = _setting(
+    max_prompt_length: int = setting(
         512, "Tokens of a rendered prompt; longer user texts are cut at their end."
     )
-    max_completion_length: int = _setting(512, "Tokens of a sampled response.")
-    temperature: float = _setting(1.0, "Sampling temperature of the student's responses, and of the loss.")
-    schedule: str = _setting("cosine", "Learning-rate schedule, by transformers' names.")
-    warmup_ratio: float = _setting(0.1, "Share of the steps over which the learning rate rises.")
-    weight_decay: float = _setting(0.0, "AdamW's weight decay.")
-    max_grad_norm: float = _setting(1.0, "Gradients longer than this are shortened to it.")
-    master_dtype: Literal["float32", "bfloat16"] = _setting(
+    max_completion_length: int = setting(512, "Tokens of a sampled response.")
+    temperature: float = setting(1.0, "Sampling temperature of the student's responses, and of the loss.")
+    schedule: str = setting("cosine", "Learning-rate schedule, by transformers' names.")
+    warmup_ratio: float = setting(0.1, "Share of the steps over which the learning rate rises.")
+    weight_decay: float = setting(0.0, "AdamW's weight decay.")
+    max_grad_norm: float = setting(1.0, "Gradients longer than this are shortened to it.")
+    master_dtype: Literal["float32", "bfloat16"] = setting(
         "float32",
         "Dtype of fully trained weights: bfloat16 halves their memory, but rounds away steps of 1e-6.",
     )
-    gradient_checkpointing: bool = _setting(
+    gradient_checkpointing: bool = setting(
         False, "Recompute activations in the backward pass, to save memory."
     )
-    divergence_chunk_size: int | None = _setting(None, "Response tokens whose logits exist at a time.")
-    use_vllm: bool = _setting(False, "Sample the student's responses with vLLM.")
-    probe_steps: int = _setting(
+    divergence_chunk_size: int | None = setting(None, "Response tokens whose logits exist at a time.")
+    use_vllm: bool = setting(False, "Sample the student's responses with vLLM.")
+    probe_steps: int = setting(
         10, "Measure the refusal rate on a few probe prompts every so many steps; 0 never."
     )
-    probe_size: int = _setting(16, "Probe prompts of each kind, harmful and harmless.")
-    probe_tokens: int = _setting(32, "Tokens of a probe's greedy response.")
-    checkpoint_steps: int = _setting(10, "Save a checkpoint to continue from every so many steps; 0 never.")
-    trainer_args: Mapping[str, Any] = _setting(
+    probe_size: int = setting(16, "Probe prompts of each kind, harmful and harmless.")
+    probe_tokens: int = setting(32, "Tokens of a probe's greedy response.")
+    checkpoint_steps: int = setting(10, "Save a checkpoint to continue from every so many steps; 0 never.")
+    trainer_args: Mapping[str, Any] = setting(
         {}, "More arguments for SafeSteerConfig (so TRL's and transformers'), as JSON."
     )
 
@@ -233,10 +226,10 @@ class DistillationSettings:
 class RunSettings:
     """Where the run is kept, and what is common to its stages."""
 
-    output: str = _setting("", "Folder of the run; a run that is there continues.")
-    seed: int = _setting(42, "Seed of every stage, unless the stage has its own.")
-    report_to: tuple[str, ...] = _setting((), "Trackers for the training: tensorboard, wandb, trackio, …")
-    logging_steps: int = _setting(1, "Log every so many steps.")
+    output: str = setting("", "Folder of the run; a run that is there continues.")
+    seed: int = setting(42, "Seed of every stage, unless the stage has its own.")
+    report_to: tuple[str, ...] = setting((), "Trackers for the training: tensorboard, wandb, trackio, …")
+    logging_steps: int = setting(1, "Log every so many steps.")
 
 
 @dataclass(frozen=True)

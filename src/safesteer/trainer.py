@@ -30,7 +30,7 @@ from safesteer.lower_layers import LowerLayers, can_share
 from safesteer.modeling import evaluation_flags, head_gathered, language_head
 from safesteer.out_of_memory import InParts
 from safesteer.safety_tokens import SafetyTokens
-from safesteer.sampling import sampling_by_row
+from safesteer.sampling import samples_plainly, sampling_by_row
 from safesteer.steering import Steering
 from safesteer.teacher import (
     AdapterOffTeacher,
@@ -265,32 +265,19 @@ class SafeSteerTrainer(DistillationTrainer):  # type: ignore[misc, unused-ignore
         self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any
     ) -> list[list[int]]:
         whole = super()._generate_single_turn
-        purely = self._samples_purely()
+        by_row = not self.use_vllm and samples_plainly(self.generation_config, self.args.generation_kwargs)
         # A seed for every row, so that a batch done in halves gives the responses of the whole.
         place = f"{self.args.seed}/{self.state.global_step}/{self.accelerator.process_index}"
 
         def sample(rows: Sequence[tuple[int, list[int]]]) -> list[list[int]]:
             seeds = [f"{place}/{row}" for row, _ in rows]
-            by_row = sampling_by_row(self.model, self.args.temperature, seeds) if purely else nullcontext()
-            with by_row:
+            with sampling_by_row(self.model, self.args.temperature, seeds) if by_row else nullcontext():
                 completions: list[list[int]] = whole([ids for _, ids in rows], *args, **kwargs)
             return completions
 
         # TRL samples in train mode: dropout would sample from another model than the one to be aligned.
         with evaluation_flags(self.model):
             return self._in_parts(sample, list(enumerate(prompt_ids)))
-
-    def _samples_purely(self) -> bool:
-        """Tell whether rollouts are plain draws at a temperature by `transformers`: no vLLM, no top-k and the like."""
-        config = self.generation_config
-        return (
-            not self.use_vllm
-            and not set(self.args.generation_kwargs or {}) - {"remove_invalid_values"}
-            and config.top_k in (None, 0)
-            and config.top_p in (None, 1.0)
-            and config.repetition_penalty in (None, 1.0)
-            and config.min_p is None
-        )
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """Sample responses, and give each of their tokens its weight in the optimizer step's loss.

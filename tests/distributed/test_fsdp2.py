@@ -10,23 +10,11 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from fsdp2_worker import RESUMED, VARIANTS, train
 from safetensors.torch import load_file
 from torch import Tensor
-from two_processes import results_of
+from two_processes import AVERAGES, results_of
 
 WORKER = Path(__file__).with_name("fsdp2_worker.py")
 CONFIG = Path(__file__).parents[2] / "recipes" / "distributed" / "fsdp2.yaml"
-LOGGED = (
-    "loss",
-    "grad_norm",
-    "divergence",
-    "student_mass",
-    "teacher_mass",
-    "kl_on",
-    "entropy",
-    "anchor/divergence",
-    "completions/mean_length",
-    "probe/harmful_refusal_rate",
-    "probe/harmless_refusal_rate",
-)
+LOGGED = ("grad_norm", *AVERAGES)
 
 
 def launch_environment() -> dict[str, str]:

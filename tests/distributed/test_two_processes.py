@@ -6,21 +6,9 @@ from typing import Any
 import pytest
 import torch
 from train_worker import VARIANTS, train
-from two_processes import results_of
+from two_processes import AVERAGES, results_of
 
 WORKER = Path(__file__).with_name("train_worker.py")
-AVERAGES = (
-    "loss",
-    "divergence",
-    "student_mass",
-    "teacher_mass",
-    "kl_on",
-    "entropy",
-    "anchor/divergence",
-    "completions/mean_length",
-    "probe/harmful_refusal_rate",
-    "probe/harmless_refusal_rate",
-)
 
 
 @pytest.fixture(scope="module")

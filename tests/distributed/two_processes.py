@@ -9,6 +9,20 @@ from typing import Any
 
 import torch
 
+AVERAGES = (
+    "loss",
+    "divergence",
+    "student_mass",
+    "teacher_mass",
+    "kl_on",
+    "entropy",
+    "anchor/divergence",
+    "completions/mean_length",
+    "probe/harmful_refusal_rate",
+    "probe/harmless_refusal_rate",
+)
+"""What both log, averaged over processes."""
+
 
 def results_of(worker: Path, folder: Path, environment: Mapping[str, str] | None = None) -> Any:
     """Run `worker` in two processes and return what the first saved as results.pt in `folder`."""

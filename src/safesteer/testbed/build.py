@@ -13,6 +13,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from safesteer.artifacts import new_directory
 from safesteer.testbed.corpus import ChatBatches, ChatStream, Mixture, real_requests, tokenizer_texts
+from safesteer.testbed.muon import Muon
 
 CHAT_TEMPLATE = (
     "{%- for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
@@ -108,7 +109,11 @@ def _only(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
 
 
 def build(
-    output: Path, data_dir: Path | None, settings: BuildSettings | None = None, **trainer_args: Any
+    output: Path,
+    data_dir: Path | None,
+    settings: BuildSettings | None = None,
+    start: Path | None = None,
+    **trainer_args: Any,
 ) -> Path:
     """Train the testbed into `output`/model, continuing from `output`/checkpoints where there are any.
 
@@ -116,6 +121,7 @@ def build(
         output: working folder.
         data_dir: folder with the real prompts of `corpus.REAL_PROMPTS`; None trains on the project's own alone.
         settings: the recipe.
+        start: weights and tokenizer to begin with, instead of random weights and a new tokenizer.
         trainer_args: further `transformers.TrainingArguments`.
 
     Returns:
@@ -125,8 +131,12 @@ def build(
     output.mkdir(parents=True, exist_ok=True)
     real = real_requests(data_dir) if data_dir else None
     stream = ChatStream(settings.mixture, real)
-    tokenizer = _tokenizer(output / "tokenizer", stream, settings, data_dir)
-    model = new_model(tokenizer, settings)
+    if start is None:
+        tokenizer = _tokenizer(output / "tokenizer", stream, settings, data_dir)
+        model = new_model(tokenizer, settings)
+    else:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(start)
+        model = Qwen3ForCausalLM.from_pretrained(start, dtype=torch.float32)
     # Rows of some 40 tokens: on a CPU the fused kernel takes a tenth longer.
     model.set_attn_implementation("eager")
     batches = ChatBatches(stream, tokenizer, settings.steps, settings.batch_size, settings.seed)
@@ -141,9 +151,6 @@ def build(
             "min_lr_ratio": 0.02,
         },
         "warmup_steps": settings.warmup_steps,
-        "weight_decay": settings.weight_decay,
-        "adam_beta2": 0.98,
-        "optim": "adamw_torch_fused",
         "max_grad_norm": 1.0,
         "save_steps": 1_000,
         "save_total_limit": 2,
@@ -155,8 +162,15 @@ def build(
         "disable_tqdm": True,
         **trainer_args,
     }
+    optimizer = Muon(
+        model, settings.learning_rate, betas=(0.9, 0.98), weight_decay=settings.weight_decay
+    )
     trainer = Trainer(
-        model=model, args=TrainingArguments(**arguments), train_dataset=batches, data_collator=_only
+        model=model,
+        args=TrainingArguments(**arguments),
+        train_dataset=batches,
+        data_collator=_only,
+        optimizers=(optimizer, None),
     )
     trainer.train(
         resume_from_checkpoint=get_last_checkpoint(arguments["output_dir"])
