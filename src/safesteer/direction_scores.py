@@ -30,10 +30,17 @@ def refusal_score(logits: Tensor, ids: Sequence[int], epsilon: float = 1e-8) -> 
     Returns:
         [B] float64 log-odds: above 0 where the model rather refuses.
     """
-    wide = float64(logits)
-    opening = wide[:, list(dict.fromkeys(ids))]
-    p = (opening.logsumexp(-1) - wide.logsumexp(-1)).exp()
-    return torch.log(p + epsilon) - torch.log(1 - p + epsilon)
+    # In at least float32, summed in float64: the same terms are in both sums, so 1 − p loses nothing to rounding.
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    terms = (wide - wide.amax(-1, keepdim=True)).exp()
+    opening = float64(terms[:, list(dict.fromkeys(ids))]).sum(-1)
+    total = _summed(terms)
+    return torch.log(opening / total + epsilon) - torch.log((total - opening).clamp(min=0) / total + epsilon)
+
+
+def _summed(terms: Tensor) -> Tensor:
+    """Sum the last axis in float64, without a wide copy where the device has float64."""
+    return float64(terms).sum(-1) if terms.device.type == "mps" else terms.sum(-1, dtype=torch.float64)
 
 
 def refusal_scores(reader: NextTokenReader, prompts: Sequence[str], ids: Sequence[int]) -> Tensor:
@@ -72,19 +79,27 @@ def mean_layer_inputs(
     return total / len(prompts)
 
 
-def kl_divergence(logits: Tensor, other: Tensor) -> Tensor:
-    """KL of next-token distributions, `Σ_v p (log p − log q)`, in float64.
+class KLFrom:
+    """KL of next-token distributions, `Σ_v p (log p − log q)`, in float64, from one `p` to many `q`.
+
+    What depends on `p` alone is kept: `p` itself, [B, V] float64, and its entropy.
 
     Args:
         logits: Of `p`, [B, V].
-        other: Of `q`, [B, V].
-
-    Returns:
-        [B], in nats.
     """
-    log_p, log_q = float64(logits).log_softmax(-1), float64(other).log_softmax(-1)
-    # A token that a model rules out (−∞) adds nothing, where −∞ − −∞ would make the sum NaN.
-    return (log_p.exp() * (log_p - log_q)).masked_fill(log_p.isneginf(), 0.0).sum(-1)
+
+    def __init__(self, logits: Tensor) -> None:
+        self._p = float64(logits).softmax(-1)
+        self._negative_entropy = -torch.special.entr(self._p).sum(-1)
+
+    def to(self, logits: Tensor) -> Tensor:
+        """Return the divergence to the `q` of these logits, [B, V]; [B] in nats."""
+        wide = float64(logits)
+        expected = torch.einsum("bv,bv->b", self._p, wide)
+        if expected.isnan().any():
+            # A token that p rules out adds nothing, where 0 · −∞ makes the sum NaN.
+            expected = torch.einsum("bv,bv->b", self._p, wide.masked_fill(self._p == 0, 0.0))
+        return self._negative_entropy - expected + wide.logsumexp(-1)
 
 
 class CandidateScorer:
@@ -119,11 +134,12 @@ class CandidateScorer:
         self._ids = tuple(ids)
         self._harmful = reader.batches(harmful)
         self._harmless = reader.batches(harmless)
-        # Hidden states rather than logits: V is much larger than H.
-        self._base_hidden = [reader.hidden(batch)[:, -1] for batch in self._harmless]
-        base_scores = [
-            refusal_score(reader.head.logits(hidden), self._ids).cpu() for hidden in self._base_hidden
-        ]
+        self._kl_from: list[KLFrom] = []
+        base_scores = []
+        for batch in self._harmless:
+            logits = reader.logits(batch)
+            self._kl_from.append(KLFrom(logits))
+            base_scores.append(refusal_score(logits, self._ids).cpu())
         self.unsteered = torch.cat(base_scores).mean().item()
 
     def induction(self, candidates: Mapping[Candidate, Tensor], progress: Progress) -> dict[Candidate, float]:
@@ -139,7 +155,8 @@ class CandidateScorer:
         done = 0
         for batch in self._harmless:
             inputs: list[Tensor] = []
-            width = self._base_hidden[0].shape[-1] * self._base_hidden[0].element_size()
+            weight = self._reader.head.weight
+            width = weight.shape[-1] * weight.element_size()
             if resume and batch.input_ids.numel() * width * (highest + 1) <= MOST_KEPT_BYTES:
                 with _recorded_inputs(self._layers[: highest + 1]) as inputs:
                     self._reader.hidden(batch)
@@ -156,10 +173,8 @@ class CandidateScorer:
         """Mean KL(base ‖ ablated) of the harmless prompts' next-token distributions, in nats."""
         parts = []
         with ablate_direction(self._layers, direction):
-            for batch, base_hidden in zip(self._harmless, self._base_hidden, strict=True):
-                parts.append(
-                    kl_divergence(self._reader.head.logits(base_hidden), self._reader.logits(batch)).cpu()
-                )
+            for batch, kl_from in zip(self._harmless, self._kl_from, strict=True):
+                parts.append(kl_from.to(self._reader.logits(batch)).cpu())
         return torch.cat(parts).mean().item()
 
     def ablation_refusal(self, direction: Tensor) -> float:
