@@ -126,6 +126,12 @@ def test_scores_equal_whole_passes(kind: str) -> None:
             after = log_probabilities(model, HARMLESS)
             assert ablation == pytest.approx(mean_score(log_probabilities(model, HARMFUL)), abs=1e-5)
         assert kl == pytest.approx((base.exp() * (base - after)).sum(-1).mean().item(), abs=1e-5)
+    candidate, vector = next(iter(vectors.items()))
+    with torch.no_grad():
+        others = CandidateScorer(reader_of(model), layers, OPENERS, HARMFUL, HARMLESS, HARMFUL[:2])
+        of_others = others.induction({candidate: vector}, no_progress)[candidate]
+    with edited(layers[candidate[0]], lambda hidden: hidden + vector, inputs=True):
+        assert of_others == pytest.approx(mean_score(log_probabilities(model, HARMFUL[:2])), abs=1e-5)
     assert len({round(score, 3) for score in induction.values()}) == len(vectors), "the vectors should differ"
 
 

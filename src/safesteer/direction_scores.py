@@ -115,10 +115,11 @@ class CandidateScorer:
         layers: All its decoder layers.
         ids: The refusal openers.
         harmful: Validation prompts, for the ablation refusal score.
-        harmless: Validation prompts, for induction and KL.
+        harmless: Validation prompts, for KL.
+        induced: Validation prompts that adding a candidate should make the model refuse; the harmless ones by default.
 
     Attributes:
-        unsteered: Mean refusal score of the harmless prompts, no vector added.
+        unsteered: Mean refusal score of the `induced` prompts, no vector added.
     """
 
     def __init__(
@@ -128,32 +129,30 @@ class CandidateScorer:
         ids: Sequence[int],
         harmful: Sequence[str],
         harmless: Sequence[str],
+        induced: Sequence[str] | None = None,
     ) -> None:
         self._reader = reader
         self._layers = list(layers)
         self._ids = tuple(ids)
         self._harmful = reader.batches(harmful)
         self._harmless = reader.batches(harmless)
-        self._kl_from: list[KLFrom] = []
-        base_scores = []
-        for batch in self._harmless:
-            logits = reader.logits(batch)
-            self._kl_from.append(KLFrom(logits))
-            base_scores.append(refusal_score(logits, self._ids).cpu())
-        self.unsteered = torch.cat(base_scores).mean().item()
+        self._induced = self._harmless if induced is None else reader.batches(induced)
+        self._kl_from = [KLFrom(reader.logits(batch)) for batch in self._harmless]
+        unsteered = [refusal_score(reader.logits(batch), self._ids).cpu() for batch in self._induced]
+        self.unsteered = torch.cat(unsteered).mean().item()
 
     def induction(self, candidates: Mapping[Candidate, Tensor], progress: Progress) -> dict[Candidate, float]:
-        """Mean refusal score of the harmless prompts with `r[i,l]` added at layer `l`'s input, coefficient 1.
+        """Mean refusal score of the `induced` prompts with `r[i,l]` added at layer `l`'s input, coefficient 1.
 
         Args:
             candidates: `r`, [H] each.
             progress: Told how many steered batches are done.
         """
         highest = max((layer for layer, _ in candidates), default=0)
-        resume = _resume_or_none(self._reader, self._layers, highest, self._harmless[0]) if highest else None
+        resume = _resume_or_none(self._reader, self._layers, highest, self._induced[0]) if highest else None
         scores: dict[Candidate, list[Tensor]] = {candidate: [] for candidate in candidates}
         done = 0
-        for batch in self._harmless:
+        for batch in self._induced:
             inputs: list[Tensor] = []
             weight = self._reader.head.weight
             width = weight.shape[-1] * weight.element_size()
@@ -166,7 +165,7 @@ class CandidateScorer:
                 with below, add_vector(self._layers[layer], vector):
                     scores[candidate].append(refusal_score(self._reader.logits(batch), self._ids).cpu())
                 done += 1
-                progress("induction", done, len(candidates) * len(self._harmless))
+                progress("induction", done, len(candidates) * len(self._induced))
         return {candidate: torch.cat(parts).mean().item() for candidate, parts in scores.items()}
 
     def kl(self, direction: Tensor) -> float:
