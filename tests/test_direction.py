@@ -27,8 +27,11 @@ from safesteer.direction import (
     find_refusal_direction,
 )
 from safesteer.direction_prompts import sampled_prompts
+from safesteer.direction_scores import refusal_scores
 from safesteer.errors import SafeSteerError
+from safesteer.next_token import NextTokenReader
 from safesteer.prompts import PromptSet
+from safesteer.steering import Steering
 from tiny_models import chatml_tokenizer
 from whole_passes import BruteForceDirection, architecture, log_probabilities
 
@@ -207,6 +210,17 @@ def test_refused_and_answered_harmful_prompts_can_be_contrasted() -> None:
     torch.testing.assert_close(found.vector.double(), refused - answered, atol=1e-5, rtol=1e-5)
     assert found.filtered["train_answered"] == len(streams[False]) >= 4
     assert found.filtered["train_harmful"] == len(streams[True])
+    # Induction is of the validation prompts that the model answers.
+    validation = sampled_prompts(PLANTED_HARMFUL, PLANTED_HARMLESS, settings)["validation_harmful"]
+    reader = NextTokenReader(model, asked, 8)
+    with torch.no_grad():
+        scores = refusal_scores(reader, validation, found.openers.ids)
+        flipped = [prompt for prompt, score in zip(validation, scores, strict=True) if score < 0]
+        assert found.filtered["validation_answered"] == len(flipped) >= 2
+        with Steering(found.vector, found.layer).applied(model):
+            expected = refusal_scores(reader, flipped, found.openers.ids).mean().item()
+    (selected,) = (score for score in found.candidates if score.verdict == "selected")
+    assert selected.induction == pytest.approx(expected, abs=1e-4)
 
 
 def test_too_few_answered_prompts_to_contrast_with() -> None:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from safesteer.chat import Chat
 from safesteer.direction_scores import (
     CandidateScorer,
-    kl_divergence,
+    KLFrom,
     mean_layer_inputs,
     refusal_score,
     refusal_scores,
@@ -64,8 +64,9 @@ def test_kl_divergence_of_two_coins_and_of_ruled_out_tokens() -> None:
     p = torch.tensor([[0.25, 0.75, 0.0]], dtype=torch.float64).log()
     q = torch.tensor([[0.5, 0.5, 0.0]], dtype=torch.float64).log()
     expected = 0.25 * math.log(0.5) + 0.75 * math.log(1.5)
-    assert kl_divergence(p + 3, q - 1).item() == pytest.approx(expected, abs=1e-12)
-    assert kl_divergence(p, p).item() == 0.0
+    assert KLFrom(p + 3).to(q - 1).item() == pytest.approx(expected, abs=1e-12)
+    assert KLFrom(p).to(p).item() == pytest.approx(0.0, abs=1e-15)
+    assert KLFrom(q).to(torch.tensor([[0.0, -math.inf, -math.inf]])).item() == math.inf
 
 
 def test_refusal_scores_keep_the_order_of_the_prompts() -> None:
@@ -125,6 +126,12 @@ def test_scores_equal_whole_passes(kind: str) -> None:
             after = log_probabilities(model, HARMLESS)
             assert ablation == pytest.approx(mean_score(log_probabilities(model, HARMFUL)), abs=1e-5)
         assert kl == pytest.approx((base.exp() * (base - after)).sum(-1).mean().item(), abs=1e-5)
+    candidate, vector = next(iter(vectors.items()))
+    with torch.no_grad():
+        others = CandidateScorer(reader_of(model), layers, OPENERS, HARMFUL, HARMLESS, HARMFUL[:2])
+        of_others = others.induction({candidate: vector}, no_progress)[candidate]
+    with edited(layers[candidate[0]], lambda hidden: hidden + vector, inputs=True):
+        assert of_others == pytest.approx(mean_score(log_probabilities(model, HARMFUL[:2])), abs=1e-5)
     assert len({round(score, 3) for score in induction.values()}) == len(vectors), "the vectors should differ"
 
 
@@ -178,6 +185,6 @@ def test_an_architecture_without_one_residual_stream_is_refused() -> None:
     model = transformers.Gemma3nForCausalLM(config).eval()
     with (
         torch.no_grad(),
-        pytest.raises(SafeSteerError, match=r"Gemma3nTextDecoderLayer .*\[4, 2, .*architecture"),
+        pytest.raises(SafeSteerError, match=r"Gemma3nTextDecoderLayer .*\[4, 1, .*architecture"),
     ):
         mean_layer_inputs(reader_of(model), list(decoder_layers(model)), HARMFUL, 2)

@@ -1,12 +1,17 @@
 """Next-token distributions against the whole model, one prompt at a time and without padding."""
 
+import itertools
+from collections.abc import Sequence
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 from planted_model import HARMLESS, REFUSED, planted_chat, planted_model
 from safesteer.chat import Chat
-from safesteer.next_token import NextTokenReader, evaluating, float64, mean_probabilities
+from safesteer.next_token import NextTokenReader, batch_ends, evaluating, float64, mean_probabilities
 from tiny_models import KINDS, chatml_tokenizer, tiny_model
 from whole_passes import architecture
 
@@ -137,3 +142,29 @@ def test_evaluating_leaves_no_trace() -> None:
 def test_float64_keeps_what_bfloat16_holds() -> None:
     values = torch.tensor([1.0, 1 / 128, -3.0], dtype=torch.bfloat16)
     assert float64(values).tolist() == [1.0, 0.0078125, -3.0]
+
+
+@given(
+    st.lists(st.integers(1, 60), max_size=7).map(lambda lengths: sorted(lengths, reverse=True)),
+    st.integers(1, 4),
+    st.integers(0, 50),
+)
+def test_batches_are_cut_where_the_least_work_is_left(
+    lengths: list[int], most: int, pass_tokens: int
+) -> None:
+    def cost(ends: Sequence[int]) -> int:
+        starts = [0, *ends][: len(ends)]
+        return sum(
+            (end - start) * lengths[start] + pass_tokens for start, end in zip(starts, ends, strict=True)
+        )
+
+    inner = range(1, len(lengths))
+    every_way = [
+        [*cuts, len(lengths)] if lengths else []
+        for count in range(max(1, len(lengths)))
+        for cuts in itertools.combinations(inner, count)
+    ]
+    allowed = [ends for ends in every_way if all(b - a <= most for a, b in itertools.pairwise([0, *ends]))]
+    found = batch_ends(lengths, most, pass_tokens)
+    assert found in allowed
+    assert cost(found) == min(map(cost, allowed))

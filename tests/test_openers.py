@@ -83,7 +83,8 @@ def test_it_is_reproducible_and_tells_its_progress() -> None:
     first = detect()
     torch.rand(1)
     assert detect() == first
-    assert told == Counter({("refusal openers", done, 12): 2 for done in (5, 10, 12)})
+    # Two rows first: with the longest prompt among five, more of the others would be padded.
+    assert told == Counter({("refusal openers", done, 12): 2 for done in (2, 7, 12)})
 
 
 def test_a_model_that_never_refuses() -> None:

@@ -231,7 +231,12 @@ def find_refusal_direction(
         used = filtered_prompts(reader, samples, openers, settings, progress)
         vectors, discarded = _candidates(reader, layers, used, settings, progress)
         scorer = CandidateScorer(
-            reader, layers, openers.ids, used["validation_harmful"], used["validation_harmless"]
+            reader,
+            layers,
+            openers.ids,
+            used["validation_harmful"],
+            used["validation_harmless"],
+            used[f"validation_{settings.contrast}"],
         )
         selection = select_candidate(
             scorer,
@@ -318,8 +323,7 @@ def _candidates(
     progress("activations", 0, 2)
     mean_harmful = mean_layer_inputs(reader, layers[:kept], used["train_harmful"], positions)
     progress("activations", 1, 2)
-    contrasted = used["train_answered" if settings.contrast == "answered" else "train_harmless"]
-    mean_harmless = mean_layer_inputs(reader, layers[:kept], contrasted, positions)
+    mean_harmless = mean_layer_inputs(reader, layers[:kept], used[f"train_{settings.contrast}"], positions)
     progress("activations", 2, 2)
     vectors: dict[Candidate, Tensor] = {}
     discarded: dict[Candidate, str] = {}

@@ -12,7 +12,7 @@ _FEWEST_FILTERED = 4
 
 DirectionPrompts = dict[str, tuple[str, ...]]
 """The four sets by name: train_harmful, validation_harmful, train_harmless, validation_harmless; after the filter, if wanted,
-also train_answered: harmful prompts that the model answers."""
+also train_answered and validation_answered: harmful prompts that the model answers."""
 
 
 def sampled_prompts(harmful: PromptSet, harmless: PromptSet, settings: DirectionSettings) -> DirectionPrompts:
@@ -50,32 +50,30 @@ def filtered_prompts(
     """Keep harmful prompts with refusal score > 0 and harmless ones with score < 0.
 
     Train and validation sets alike. Where that leaves fewer than 2 in one part but 4 in both together, what
-    passed is divided anew. With `contrast="answered"` the harmful training prompts with score < 0 are kept too.
+    passed is divided anew. With `contrast="answered"` the harmful prompts with score < 0 are kept too, by that name.
     """
     if not settings.filter_prompts:
         return samples
+    kinds = ["harmful", "harmless", *["answered"] * (settings.contrast == "answered")]
     used: DirectionPrompts = {}
     for done, (name, prompts) in enumerate(samples.items(), start=1):
-        scores = refusal_scores(reader, prompts, openers.ids)
-        keep = scores > 0 if name.endswith("harmful") else scores < 0
-        used[name] = tuple(prompt for prompt, kept in zip(prompts, keep.tolist(), strict=True) if kept)
-        if name == "train_harmful" and settings.contrast == "answered":
-            answered = tuple(p for p, score in zip(prompts, scores.tolist(), strict=True) if score < 0)
-            if len(answered) < _FEWEST_FILTERED:
-                raise SafeSteerError(
-                    f"{len(answered)} of {len(prompts)} harmful prompts are answered, and at least {_FEWEST_FILTERED} are "
-                    "needed to contrast refused ones with; give more harmful prompts, or take --contrast harmless."
-                )
-            used["train_answered"] = answered
+        scores = refusal_scores(reader, prompts, openers.ids).tolist()
+        refused = tuple(prompt for prompt, score in zip(prompts, scores, strict=True) if score > 0)
+        answered = tuple(prompt for prompt, score in zip(prompts, scores, strict=True) if score < 0)
+        part, kind = name.split("_")
+        used[name] = refused if kind == "harmful" else answered
+        if kind == "harmful" and "answered" in kinds:
+            used[f"{part}_answered"] = answered
         progress("filter", done, len(samples))
-    for kind in ("harmful", "harmless"):
+    for kind in kinds:
         train, validation = f"train_{kind}", f"validation_{kind}"
         passed = used[train] + used[validation]
+        sampled = "harmful" if kind == "answered" else kind
+        sizes = len(samples[f"train_{sampled}"]), len(samples[f"validation_{sampled}"])
         if len(passed) < _FEWEST_FILTERED:
-            total = len(samples[train]) + len(samples[validation])
-            raise SafeSteerError(_too_few(kind, len(passed), total, openers))
+            raise SafeSteerError(_too_few(kind, len(passed), sum(sizes), openers))
         if min(len(used[train]), len(used[validation])) < 2:
-            first, _ = _divided(len(passed), len(samples[train]), len(samples[validation]))
+            first, _ = _divided(len(passed), *sizes)
             used[train], used[validation] = passed[:first], passed[first:]
     return used
 
@@ -89,6 +87,11 @@ def _too_few(kind: str, passed: int, total: int, openers: RefusalOpeners) -> str
             f"and at least {_FEWEST_FILTERED} are needed; give harmful prompts that it refuses, check the "
             "openers (--refusal-token-ids), or switch the filter off (direction.filter_prompts: false) to "
             "average over prompts that it answers too."
+        )
+    if kind == "answered":
+        return (
+            f"{passed} of {total} harmful prompts are answered, and at least {_FEWEST_FILTERED} are needed to contrast "
+            "refused ones with; give more harmful prompts, or take --contrast harmless."
         )
     return (
         f"{passed} of {total} harmless prompts passed the filter (refusal score < 0), so the model opens its "

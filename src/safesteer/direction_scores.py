@@ -30,10 +30,17 @@ def refusal_score(logits: Tensor, ids: Sequence[int], epsilon: float = 1e-8) -> 
     Returns:
         [B] float64 log-odds: above 0 where the model rather refuses.
     """
-    wide = float64(logits)
-    opening = wide[:, list(dict.fromkeys(ids))]
-    p = (opening.logsumexp(-1) - wide.logsumexp(-1)).exp()
-    return torch.log(p + epsilon) - torch.log(1 - p + epsilon)
+    # In at least float32, summed in float64: the same terms are in both sums, so 1 − p loses nothing to rounding.
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    terms = (wide - wide.amax(-1, keepdim=True)).exp()
+    opening = float64(terms[:, list(dict.fromkeys(ids))]).sum(-1)
+    total = _summed(terms)
+    return torch.log(opening / total + epsilon) - torch.log((total - opening).clamp(min=0) / total + epsilon)
+
+
+def _summed(terms: Tensor) -> Tensor:
+    """Sum the last axis in float64, without a wide copy where the device has float64."""
+    return float64(terms).sum(-1) if terms.device.type == "mps" else terms.sum(-1, dtype=torch.float64)
 
 
 def refusal_scores(reader: NextTokenReader, prompts: Sequence[str], ids: Sequence[int]) -> Tensor:
@@ -72,19 +79,27 @@ def mean_layer_inputs(
     return total / len(prompts)
 
 
-def kl_divergence(logits: Tensor, other: Tensor) -> Tensor:
-    """KL of next-token distributions, `Σ_v p (log p − log q)`, in float64.
+class KLFrom:
+    """KL of next-token distributions, `Σ_v p (log p − log q)`, in float64, from one `p` to many `q`.
+
+    What depends on `p` alone is kept: `p` itself, [B, V] float64, and its entropy.
 
     Args:
         logits: Of `p`, [B, V].
-        other: Of `q`, [B, V].
-
-    Returns:
-        [B], in nats.
     """
-    log_p, log_q = float64(logits).log_softmax(-1), float64(other).log_softmax(-1)
-    # A token that a model rules out (−∞) adds nothing, where −∞ − −∞ would make the sum NaN.
-    return (log_p.exp() * (log_p - log_q)).masked_fill(log_p.isneginf(), 0.0).sum(-1)
+
+    def __init__(self, logits: Tensor) -> None:
+        self._p = float64(logits).softmax(-1)
+        self._negative_entropy = -torch.special.entr(self._p).sum(-1)
+
+    def to(self, logits: Tensor) -> Tensor:
+        """Return the divergence to the `q` of these logits, [B, V]; [B] in nats."""
+        wide = float64(logits)
+        expected = torch.einsum("bv,bv->b", self._p, wide)
+        if expected.isnan().any():
+            # A token that p rules out adds nothing, where 0 · −∞ makes the sum NaN.
+            expected = torch.einsum("bv,bv->b", self._p, wide.masked_fill(self._p == 0, 0.0))
+        return self._negative_entropy - expected + wide.logsumexp(-1)
 
 
 class CandidateScorer:
@@ -100,10 +115,11 @@ class CandidateScorer:
         layers: All its decoder layers.
         ids: The refusal openers.
         harmful: Validation prompts, for the ablation refusal score.
-        harmless: Validation prompts, for induction and KL.
+        harmless: Validation prompts, for KL.
+        induced: Validation prompts that adding a candidate should make the model refuse; the harmless ones by default.
 
     Attributes:
-        unsteered: Mean refusal score of the harmless prompts, no vector added.
+        unsteered: Mean refusal score of the `induced` prompts, no vector added.
     """
 
     def __init__(
@@ -113,33 +129,33 @@ class CandidateScorer:
         ids: Sequence[int],
         harmful: Sequence[str],
         harmless: Sequence[str],
+        induced: Sequence[str] | None = None,
     ) -> None:
         self._reader = reader
         self._layers = list(layers)
         self._ids = tuple(ids)
         self._harmful = reader.batches(harmful)
         self._harmless = reader.batches(harmless)
-        # Hidden states rather than logits: V is much larger than H.
-        self._base_hidden = [reader.hidden(batch)[:, -1] for batch in self._harmless]
-        base_scores = [
-            refusal_score(reader.head.logits(hidden), self._ids).cpu() for hidden in self._base_hidden
-        ]
-        self.unsteered = torch.cat(base_scores).mean().item()
+        self._induced = self._harmless if induced is None else reader.batches(induced)
+        self._kl_from = [KLFrom(reader.logits(batch)) for batch in self._harmless]
+        unsteered = [refusal_score(reader.logits(batch), self._ids).cpu() for batch in self._induced]
+        self.unsteered = torch.cat(unsteered).mean().item()
 
     def induction(self, candidates: Mapping[Candidate, Tensor], progress: Progress) -> dict[Candidate, float]:
-        """Mean refusal score of the harmless prompts with `r[i,l]` added at layer `l`'s input, coefficient 1.
+        """Mean refusal score of the `induced` prompts with `r[i,l]` added at layer `l`'s input, coefficient 1.
 
         Args:
             candidates: `r`, [H] each.
             progress: Told how many steered batches are done.
         """
         highest = max((layer for layer, _ in candidates), default=0)
-        resume = _resume_or_none(self._reader, self._layers, highest, self._harmless[0]) if highest else None
+        resume = _resume_or_none(self._reader, self._layers, highest, self._induced[0]) if highest else None
         scores: dict[Candidate, list[Tensor]] = {candidate: [] for candidate in candidates}
         done = 0
-        for batch in self._harmless:
+        for batch in self._induced:
             inputs: list[Tensor] = []
-            width = self._base_hidden[0].shape[-1] * self._base_hidden[0].element_size()
+            weight = self._reader.head.weight
+            width = weight.shape[-1] * weight.element_size()
             if resume and batch.input_ids.numel() * width * (highest + 1) <= MOST_KEPT_BYTES:
                 with _recorded_inputs(self._layers[: highest + 1]) as inputs:
                     self._reader.hidden(batch)
@@ -149,17 +165,15 @@ class CandidateScorer:
                 with below, add_vector(self._layers[layer], vector):
                     scores[candidate].append(refusal_score(self._reader.logits(batch), self._ids).cpu())
                 done += 1
-                progress("induction", done, len(candidates) * len(self._harmless))
+                progress("induction", done, len(candidates) * len(self._induced))
         return {candidate: torch.cat(parts).mean().item() for candidate, parts in scores.items()}
 
     def kl(self, direction: Tensor) -> float:
         """Mean KL(base ‖ ablated) of the harmless prompts' next-token distributions, in nats."""
         parts = []
         with ablate_direction(self._layers, direction):
-            for batch, base_hidden in zip(self._harmless, self._base_hidden, strict=True):
-                parts.append(
-                    kl_divergence(self._reader.head.logits(base_hidden), self._reader.logits(batch)).cpu()
-                )
+            for batch, kl_from in zip(self._harmless, self._kl_from, strict=True):
+                parts.append(kl_from.to(self._reader.logits(batch)).cpu())
         return torch.cat(parts).mean().item()
 
     def ablation_refusal(self, direction: Tensor) -> float:

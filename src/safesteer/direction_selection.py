@@ -22,7 +22,7 @@ class CandidateScore:
         position: Post-instruction token position, counted from the end: −1 is the last.
         layer: Index of the decoder layer at whose input it was read.
         ablation_refusal: Mean refusal score of harmful prompts with the direction ablated; lower is better.
-        induction: Mean refusal score of harmless prompts with the vector added.
+        induction: Mean refusal score with the vector added, of harmless prompts or of those that the contrast names.
         kl: Mean KL(base ‖ ablated) on harmless prompts, nats.
         verdict: "selected", "eligible" (passed, but another has a lower ablation score), or the test it
             failed.

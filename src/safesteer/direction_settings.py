@@ -26,7 +26,8 @@ class DirectionSettings:
         0.1, "Discard candidates whose ablation moves harmless prompts by more (KL, nats)."
     )
     min_induction: float = setting(
-        0.0, "Discard candidates that induce refusals of harmless prompts less (log-odds)."
+        0.0,
+        "Discard candidates that induce refusals less, of harmless prompts or of those given by `contrast` (log-odds).",
     )
     prune_layers_above: float = setting(0.8, "Discard layers from this share of the depth on.")
     filter_prompts: bool = setting(
@@ -34,7 +35,8 @@ class DirectionSettings:
     )
     contrast: Literal["harmless", "answered"] = setting(
         "harmless",
-        "What refused harmful prompts are contrasted with: harmless ones (the method), or harmful ones that the model answers.",
+        "What refused harmful prompts are contrasted with, and made to be refused by a good candidate: "
+        "harmless ones (the method), or harmful ones that the model answers.",
     )
     coefficient: float | None = setting(None, "Strength of the steering; none searches `coefficients`.")
     coefficients: tuple[float, ...] = setting(

@@ -14,6 +14,9 @@ from safesteer.modeling import backbone, evaluation_flags, language_head
 from safesteer.out_of_memory import InParts
 from safesteer.sampling import sampling_options
 
+# Reading all weights and starting all kernels takes as long as this many tokens, roughly.
+_PASS_TOKENS = {"cpu": 64, "cuda": 1_024}
+
 Progress = Callable[[str, int, int], None]
 """Called as `progress(what is being done, how many are done, how many there are)`."""
 
@@ -25,6 +28,31 @@ def no_progress(doing: str, done: int, total: int) -> None:
 def float64(tensor: Tensor) -> Tensor:
     """Widen to float64, on the CPU where the device has none (Apple's)."""
     return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
+
+
+def batch_ends(lengths: Sequence[int], most: int, pass_tokens: int) -> list[int]:
+    """Cut rows into batches of the least work: tokens with their padding, and `pass_tokens` for every batch.
+
+    Args:
+        lengths: Tokens of each row, longest first.
+        most: Rows of a batch at most.
+        pass_tokens: What a batch costs beside its tokens, in tokens.
+
+    Returns:
+        Where each batch ends, ascending.
+    """
+    least, starts = [0], [0]
+    for end in range(1, len(lengths) + 1):
+        cost, place = min(
+            (least[start] + (end - start) * lengths[start] + pass_tokens, -start)
+            for start in range(max(0, end - most), end)
+        )
+        least.append(cost)
+        starts.append(-place)  # of equals the one with the larger batches first
+    ends = [len(lengths)] if lengths else []
+    while ends and starts[ends[0]] > 0:
+        ends.insert(0, starts[ends[0]])
+    return ends
 
 
 @contextlib.contextmanager
@@ -84,14 +112,22 @@ class NextTokenReader:
         """The tokens that end a response."""
         return end_of_turn_ids(self.model, self.chat.tokenizer)
 
-    def batches(self, prompts: Sequence[str]) -> list[Batch]:
-        """Encode prompts, longest first: if memory is short, it is so at once."""
+    def batches(self, prompts: Sequence[str], passes: int = 1) -> list[Batch]:
+        """Encode prompts, longest first: if memory is short, it is so at once.
+
+        Args:
+            prompts: User messages.
+            passes: How often the model will go through a batch until it is done, a sampled token being one pass.
+                The fewer, the more it pays to leave out padding by smaller batches.
+        """
         ids = self.chat.encode(prompts)
         order = sorted(range(len(ids)), key=lambda row: -len(ids[row]))
-        batches = []
-        for start in range(0, len(order), self.batch_size):
-            rows = tuple(order[start : start + self.batch_size])
+        pass_tokens = passes * _PASS_TOKENS.get(self.model.device.type, _PASS_TOKENS["cuda"])
+        batches, start = [], 0
+        for end in batch_ends([len(ids[row]) for row in order], self.batch_size, pass_tokens):
+            rows = tuple(order[start:end])
             batches.append(Batch(rows, *left_pad([ids[row] for row in rows], self.pad_id, self.model.device)))
+            start = end
         return batches
 
     def hidden(self, batch: Batch, positions: int = 1) -> Tensor:

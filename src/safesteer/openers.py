@@ -80,7 +80,7 @@ def detect_refusal_openers(
     counts: Counter[int] = Counter()
     with evaluating(model):
         done = 0
-        for batch in reader.batches(harmful):
+        for batch in reader.batches(harmful, passes=max_new_tokens):
             for temperature in (0.0, 1.0):
                 sampled = reader.sample(batch, max_new_tokens, temperature=temperature, seed=seed)
                 for response in sampled.tolist():

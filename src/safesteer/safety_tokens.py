@@ -179,7 +179,7 @@ def find_safety_tokens(
     kept: list[tuple[Tensor, Tensor]] = []
     sampled = 0
     with evaluating(model):
-        for batch in reader.batches(repeated):
+        for batch in reader.batches(repeated, passes=settings.horizon):
             teacher_BHd, base_BHd = _trajectories(reader, batch, steering, settings, layer_path)
             counts = torch.ones(len(batch.rows), dtype=torch.bool, device=base_BHd.device)
             for t in range(settings.horizon):

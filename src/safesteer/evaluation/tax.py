@@ -99,7 +99,7 @@ def distributional_tax(
     # Per prompt: tokens, summed KL, agreements, and negative log-likelihoods under base and aligned.
     sums = np.zeros((len(prompts), 5))
     done = 0
-    for batch in reader.batches(prompts):
+    for batch in reader.batches(prompts, passes=max_new_tokens):
         progress(f"tax of {aligned.name}", done, len(prompts))
         with base.steering(), evaluating(base.model):
             ids, mask = _answers(reader, batch, max_new_tokens)
