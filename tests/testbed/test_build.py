@@ -1,5 +1,6 @@
 """Building a (much smaller) testbed: resumes to the same weights, loads as any chat model, and the committed one is sound."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -37,6 +38,16 @@ def test_an_interrupted_build_ends_with_the_same_weights(tmp_path: Path) -> None
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=0)
     log = [json.loads(line) for line in (whole / "training_log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in log] == [1, 2, 3, 4]
+
+
+def test_a_build_can_begin_with_other_weights(tmp_path: Path) -> None:
+    first = build(tmp_path / "first", None, TINY)
+    still = dataclasses.replace(TINY, learning_rate=0.0, seed=1)
+    found = build(tmp_path / "second", None, still, first)
+    expected = load_file(first / "model.safetensors")
+    for name, tensor in load_file(found / "model.safetensors").items():
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=0)
+    assert (found / "tokenizer.json").read_text() == (first / "tokenizer.json").read_text()
 
 
 def test_a_built_testbed_loads_as_any_chat_model(tmp_path: Path) -> None:

@@ -28,14 +28,23 @@ def build(
             metavar="DIR",
         ),
     ] = None,
+    start: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            help="Model folder of a built testbed to go on from, with an optimizer and a schedule of its own; "
+            "random weights by default.",
+            metavar="DIR",
+        ),
+    ] = None,
     steps: Annotated[
         int | None, typer.Option("--steps", help="Optimizer steps instead of the recipe's.")
     ] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """Train the testbed from scratch. Takes an hour or two on two cores; run the same command again to continue."""
+    """Train the testbed. Takes an hour or two on two cores; run the same command again to continue."""
     with reported(debug=debug):
         from safesteer.testbed.build import BuildSettings, build
 
         settings = BuildSettings() if steps is None else BuildSettings(steps=steps)
-        typer.echo(f"The testbed is in {build(output, data_dir, settings)}")
+        typer.echo(f"The testbed is in {build(output, data_dir, settings, start)}")

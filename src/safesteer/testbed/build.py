@@ -162,9 +162,7 @@ def build(
         "disable_tqdm": True,
         **trainer_args,
     }
-    optimizer = Muon(
-        model, settings.learning_rate, betas=(0.9, 0.98), weight_decay=settings.weight_decay
-    )
+    optimizer = Muon(model, settings.learning_rate, betas=(0.9, 0.98), weight_decay=settings.weight_decay)
     trainer = Trainer(
         model=model,
         args=TrainingArguments(**arguments),

@@ -60,7 +60,13 @@ class Muon(torch.optim.AdamW):
         for shape, weights in alike.items():
             directions = []
             for weight in weights:
-                average = self.state[weight].setdefault("momentum_buffer", torch.zeros_like(weight))
+                if not self.state[weight]:
+                    # AdamW, which loads this state again when a training is resumed, looks for a step in it.
+                    self.state[weight] = {
+                        "step": torch.zeros(()),
+                        "momentum_buffer": torch.zeros_like(weight),
+                    }
+                average = self.state[weight]["momentum_buffer"]
                 average.lerp_(weight.grad, 1 - momentum)
                 directions.append(weight.grad.lerp(average, momentum))
                 weight.grad = None
