@@ -175,7 +175,7 @@ def find_safety_tokens(
         )
     repeated = [prompt for prompt in prompts for _ in range(settings.samples)]
     reader = NextTokenReader(model, chat, settings.batch_size)
-    means = _Means(reader.head)
+    means = _Means(reader.head.weight.shape[0])
     kept: list[tuple[Tensor, Tensor]] = []
     sampled = 0
     with evaluating(model):
@@ -183,12 +183,12 @@ def find_safety_tokens(
             teacher_BHd, base_BHd = _trajectories(reader, batch, steering, settings, layer_path)
             counts = torch.ones(len(batch.rows), dtype=torch.bool, device=base_BHd.device)
             for t in range(settings.horizon):
-                likeliest = reader.head.logits(base_BHd[:, t]).argmax(-1)
-                counts &= ~torch.isin(likeliest, torch.tensor(reader.end_ids, device=likeliest.device))
+                base_BV = reader.head.logits(base_BHd[:, t])
+                counts &= ~torch.isin(base_BV.argmax(-1), torch.tensor(reader.end_ids, device=base_BV.device))
                 if counts.any():
-                    teacher_Nd, base_Nd = teacher_BHd[counts, t], base_BHd[counts, t]
-                    means.add(teacher_Nd, base_Nd)
-                    kept.append((teacher_Nd.cpu(), base_Nd.cpu()))
+                    teacher_Nd = teacher_BHd[counts, t]
+                    means.add(reader.head.logits(teacher_Nd), base_BV[counts])
+                    kept.append((teacher_Nd.cpu(), base_BHd[counts, t].cpu()))
             sampled += len(batch.rows)
             progress("teacher trajectories", sampled, len(repeated))
         if means.positions == 0:
@@ -260,18 +260,18 @@ def select_safety_tokens(
 class _Means:
     """Running means over counted positions of both models' probabilities and of `Δ`: [V] float64."""
 
-    def __init__(self, head: Head) -> None:
-        self._head = head
-        self.size = head.weight.shape[0]
+    def __init__(self, size: int) -> None:
+        self.size = size
         self.positions = 0
-        self._sums = torch.zeros(3, self.size, dtype=torch.float64)
+        self._sums = torch.zeros(3, size, dtype=torch.float64)
 
-    def add(self, teacher_Nd: Tensor, base_Nd: Tensor) -> None:
-        log_teacher, log_base = _log_probabilities(self._head, teacher_Nd, base_Nd)
+    def add(self, teacher_NV: Tensor, base_NV: Tensor) -> None:
+        """Count positions in, by their logits."""
+        log_teacher, log_base = (float64(logits).log_softmax(-1) for logits in (teacher_NV, base_NV))
         self._sums[0] += log_teacher.exp().sum(0).cpu()
         self._sums[1] += log_base.exp().sum(0).cpu()
         self._sums[2] += _delta(log_teacher, log_base).sum(0).cpu()
-        self.positions += len(teacher_Nd)
+        self.positions += len(teacher_NV)
 
     @property
     def teacher_probability(self) -> Tensor:
@@ -312,17 +312,10 @@ def _trajectories(
     return teacher_BHd, reader.hidden(batch, horizon)
 
 
-def _log_probabilities(head: Head, teacher_Nd: Tensor, base_Nd: Tensor) -> tuple[Tensor, Tensor]:
-    """Apply the head to both; [N, V] float64 each."""
-    device = head.weight.device
-    log_teacher = float64(head.logits(teacher_Nd.to(device))).log_softmax(-1)
-    return log_teacher, float64(head.logits(base_Nd.to(device))).log_softmax(-1)
-
-
 def _delta(log_teacher: Tensor, log_base: Tensor) -> Tensor:
     """`Δ = log πt − log π0`, and −∞ for a token that either model rules out."""
-    ruled_out = log_teacher.isneginf() | log_base.isneginf()
-    return (log_teacher - log_base).masked_fill(ruled_out, -math.inf)
+    # −∞ already where the teacher alone does so; +∞, or NaN where both do, where the base does.
+    return (log_teacher - log_base).masked_fill(log_base.isneginf(), -math.inf)
 
 
 def _votes(head: Head, teacher_Nd: Tensor, base_Nd: Tensor, banned: Tensor, per_position: int) -> Tensor:
@@ -331,7 +324,9 @@ def _votes(head: Head, teacher_Nd: Tensor, base_Nd: Tensor, banned: Tensor, per_
     Returns:
         [V] int64.
     """
-    delta_NV = _delta(*_log_probabilities(head, teacher_Nd, base_Nd))
+    # A position's Δ is the difference of its logits but for a constant, which ranks nothing.
+    device = head.weight.device
+    delta_NV = _delta(*(float64(head.logits(hidden.to(device))) for hidden in (teacher_Nd, base_Nd)))
     delta_NV = delta_NV.masked_fill(banned.to(delta_NV.device), -math.inf)
     best = delta_NV.topk(min(per_position, delta_NV.shape[-1]), dim=-1)
     return torch.bincount(best.indices[best.values > -math.inf].cpu(), minlength=len(banned))

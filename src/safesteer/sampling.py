@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 Seed = int | str
+_BLOCK = 128  # tokens
 
 
 class SeededSampling(LogitsProcessor):
@@ -31,13 +32,48 @@ class SeededSampling(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Rule out all but the sampled token; `scores` is [B, V]."""
-        # In float64, where the device has it: a cumulative sum over 150,000 tokens loses digits.
-        wide = torch.float32 if scores.device.type == "mps" else torch.float64
-        cumulative_BV = torch.softmax(scores.to(wide) / self._temperature, dim=-1).cumsum(dim=-1)
-        uniform = torch.tensor([[g.random()] for g in self._generators], dtype=wide, device=scores.device)
-        chosen_B1 = torch.searchsorted(cumulative_BV, uniform * cumulative_BV[:, -1:], right=True)
+        uniform = torch.tensor([[generator.random()] for generator in self._generators], dtype=torch.float64)
+        chosen_B1 = inverse_distribution(scores / self._temperature, uniform)
         sampled = torch.full_like(scores, -torch.inf)
         return sampled.scatter_(1, chosen_B1.clamp(max=scores.shape[-1] - 1), 0.0)
+
+
+def inverse_distribution(logits: Tensor, uniform: Tensor) -> Tensor:
+    """Find the tokens at which the cumulative distributions pass given numbers.
+
+    First the block of tokens, by the blocks' sums, then the token in it: of the vocabulary there is one exponential, no
+    cumulative sum. Sums are in float64, where the device has it: over 150,000 tokens float32 loses digits.
+
+    Args:
+        logits: [B, V].
+        uniform: Numbers from 0 to 1, [B, 1].
+
+    Returns:
+        Token ids, [B, 1]; never one of probability zero, and none in particular where logits are NaN.
+    """
+    rows, size = logits.shape
+    narrow = torch.promote_types(logits.dtype, torch.float32)
+    wide = torch.float32 if logits.device.type == "mps" else torch.float64
+    terms = logits.new_zeros(rows, -(-size // _BLOCK) * _BLOCK, dtype=narrow)
+    terms[:, :size] = logits
+    terms[:, :size].sub_(logits.amax(-1, keepdim=True)).exp_()
+    blocks = terms.view(rows, -1, _BLOCK)
+    sums = blocks.sum(-1, dtype=wide)
+    block, below = _passed(sums, uniform.to(sums) * sums.sum(-1, keepdim=True))
+    inside = blocks.gather(1, block[..., None].expand(-1, -1, _BLOCK))[:, 0].to(wide)
+    token, _ = _passed(inside, below)
+    return block * _BLOCK + token
+
+
+def _passed(masses: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the first index at which the cumulative mass is above the target, and what is left of the target there."""
+    cumulative = masses.cumsum(-1)
+    # A target that rounding has put at the whole mass or above stays below it, so no index without mass is found.
+    below_all = torch.nextafter(cumulative[:, -1:], torch.zeros_like(target))
+    target = torch.minimum(target, below_all)
+    index = torch.searchsorted(cumulative, target, right=True).clamp(max=masses.shape[-1] - 1)
+    before = cumulative.gather(1, index) - masses.gather(1, index)
+    return index, (target - before).clamp(min=0)
 
 
 def sampling_options(temperature: float, seeds: Sequence[Seed]) -> dict[str, LogitsProcessorList]:
