@@ -44,7 +44,12 @@ class Table:
 
 
 def select(
-    table: Table, *, max_kl: float = 0.1, min_induction: float = 0.0, relax: bool = False
+    table: Table,
+    *,
+    max_kl: float = 0.1,
+    min_induction: float = 0.0,
+    criterion: str = "ablation",
+    relax: bool = False,
 ) -> Selection:
     return select_candidate(
         table,  # type: ignore[arg-type]
@@ -52,6 +57,7 @@ def select(
         {(9, -1): "layer ≥ 0.8 L"},
         max_kl=max_kl,
         min_induction=min_induction,
+        criterion=criterion,
         relax=relax,
         progress=no_progress,
     )
@@ -86,6 +92,14 @@ def test_the_choice_is_the_rules(scores: list[tuple[float, float, float]]) -> No
     assert verdicts[9, -1] == "layer ≥ 0.8 L"
     # The dear test was made on those alone that passed the cheap ones.
     assert sorted(table.asked["ablation"]) == sorted(passing)
+
+
+def test_by_induction_the_strongest_that_passes_is_taken_and_nothing_is_ablated() -> None:
+    table = Table({(0, -1): (0.5, 0.01, -9.0), (1, -1): (2.0, 0.01, -1.0), (2, -1): (3.0, 0.2, -9.0)})
+    selection = select(table, criterion="induction")
+    assert selection.chosen == (1, -1)
+    assert [score.verdict for score in selection.scores][:2] == ["eligible", "selected"]
+    assert table.asked["ablation"] == []
 
 
 def test_verdicts_say_which_test_was_failed() -> None:

@@ -244,6 +244,7 @@ def find_refusal_direction(
             discarded,
             max_kl=settings.max_kl,
             min_induction=settings.min_induction,
+            criterion=settings.criterion,
             relax=settings.fallback == "relax",
             progress=progress,
         )

@@ -58,10 +58,13 @@ def select_candidate(
     *,
     max_kl: float,
     min_induction: float,
+    criterion: str,
     relax: bool,
     progress: Progress,
 ) -> Selection:
     """Select the candidate with the lowest ablation score of those that pass the tests (method §1).
+
+    Or, by `criterion="induction"`, the one with the highest induction, for which no ablation score is computed.
 
     The tests discard scores that are not finite, induction < `min_induction` and KL > `max_kl`. Cheap tests
     come first: KL is computed only where induction passes, the ablation score only where both do, which
@@ -78,6 +81,7 @@ def select_candidate(
         discarded: Candidates that need no scores, and why.
         max_kl: In nats.
         min_induction: Log-odds.
+        criterion: "ablation" or "induction".
         relax: Whether the fallback may be used.
         progress: Told how many candidates each test has been through.
 
@@ -111,16 +115,20 @@ def select_candidate(
             f"{scorer.unsteered:.3f} (unsteered) to {best:.3f}, which {len(passed)} of {len(harmless)} reach"
         )
     ablation: dict[Candidate, float] = {}
-    for done, candidate in enumerate(passed, start=1):
-        ablation[candidate] = scorer.ablation_refusal(vectors[candidate])
-        progress("ablation", done, len(passed))
-    eligible = [candidate for candidate in passed if math.isfinite(ablation[candidate])]
+    eligible = passed
+    if criterion == "ablation":
+        for done, candidate in enumerate(passed, start=1):
+            ablation[candidate] = scorer.ablation_refusal(vectors[candidate])
+            progress("ablation", done, len(passed))
+        eligible = [candidate for candidate in passed if math.isfinite(ablation[candidate])]
     if not eligible:
         raise SafeSteerError(
             f"the ablation score of all {len(passed)} candidate directions that pass induction and KL is not "
             "a number; load the model in bfloat16 or float32 (--dtype)."
         )
-    chosen = min(eligible, key=lambda candidate: (ablation[candidate], candidate))
+    # Lower is better: what is left of the refusals, or minus what has come of them.
+    rank = ablation or {candidate: -induction[candidate] for candidate in eligible}
+    chosen = min(eligible, key=lambda candidate: (rank[candidate], candidate))
 
     def verdict(candidate: Candidate) -> str:
         if candidate in discarded:

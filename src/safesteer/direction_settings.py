@@ -38,6 +38,11 @@ class DirectionSettings:
         "What refused harmful prompts are contrasted with, and made to be refused by a good candidate: "
         "harmless ones (the method), or harmful ones that the model answers.",
     )
+    criterion: Literal["ablation", "induction"] = setting(
+        "ablation",
+        "Which of the candidates that pass is taken: whose ablation leaves the least refusal (the method), or whose addition, "
+        "which is what the teacher does, induces the most.",
+    )
     coefficient: float | None = setting(None, "Strength of the steering; none searches `coefficients`.")
     coefficients: tuple[float, ...] = setting(
         (1.0, 1.5, 2.0, 3.0), "Strengths to try, up to the target flip rate."
@@ -76,6 +81,9 @@ class DirectionSettings:
             "filter_prompts",
             self.filter_prompts or self.contrast == "harmless",
             "true, because contrast answered needs to know which prompts are answered",
+        )
+        self._require(
+            "criterion", self.criterion in ("ablation", "induction"), "ablation or induction"
         )
         self._require("fallback", self.fallback in ("error", "relax"), "error or relax")
 

@@ -45,7 +45,11 @@ def show_direction(console: RunConsole, direction: "RefusalDirection") -> None:
     order = {"selected": 0, "eligible": 1}
     ranked = sorted(
         direction.candidates,
-        key=lambda score: (order.get(score.verdict, 2), _last_if_nan(score.ablation_refusal)),
+        key=lambda score: (
+            order.get(score.verdict, 2),
+            _last_if_nan(score.ablation_refusal),
+            _last_if_nan(-score.induction),
+        ),
     )
     table = Table(
         "layer",
