@@ -36,7 +36,7 @@ PAPER: Point = {
         "train_layers": "all",
         "first_tokens": None,
     },
-    "direction": {"coefficient": 1.0, "contrast": "harmless"},
+    "direction": {"coefficient": 1.0, "contrast": "harmless", "criterion": "ablation"},
     "safety_tokens": {
         "prompts": "harmless",
         "minimum_probability": 1e-8,
@@ -62,21 +62,27 @@ POINTS: dict[str, Point] = {
     "jsd": distillation(beta=0.5),
     "no-anchor": distillation(anchor_fraction=0.0),
     "anchor-0.25": distillation(anchor_fraction=0.25),
+    "anchor-0.5": distillation(anchor_fraction=0.5),
     "anchor-0.75": distillation(anchor_fraction=0.75),
     "from-steered": distillation(train_layers="from_steered"),
     "from-steered-no-anchor": distillation(train_layers="from_steered", anchor_fraction=0.0),
     "steps-40": distillation(steps=40),
-    "steps-160": distillation(steps=160),
+    "steps-80": distillation(steps=80),
+    "steps-240": distillation(steps=240),
     "lr-3e-4": distillation(learning_rate=3e-4),
     "lr-3e-3": distillation(learning_rate=3e-3),
     "all-response-tokens": distillation(first_tokens=None),
     "first-4-tokens": distillation(first_tokens=4),
     # The method's direction, refused harmful prompts less harmless ones.
-    "direction-harmless-c1": {"direction": {"contrast": "harmless", "coefficient": 1.0}},
-    "direction-harmless-c1.5": {"direction": {"contrast": "harmless", "coefficient": 1.5}},
-    "direction-harmless-c2": {"direction": {"contrast": "harmless", "coefficient": 2.0}},
+    **{
+        f"direction-harmless-c{c:g}": {
+            "direction": {"contrast": "harmless", "criterion": "ablation", "coefficient": c}
+        }
+        for c in (1.0, 1.5, 2.0)
+    },
+    "by-ablation": {"direction": {"criterion": "ablation"}},
     "c-1": {"direction": {"coefficient": 1.0}},
-    "c-3": {"direction": {"coefficient": 3.0}},
+    "c-2": {"direction": {"coefficient": 2.0}},
     "tokens-as-paper": {
         "safety_tokens": {"minimum_probability": 1e-8, "votes_per_position": 200, "size": 50}
     },
