@@ -82,9 +82,7 @@ class DirectionSettings:
             self.filter_prompts or self.contrast == "harmless",
             "true, because contrast answered needs to know which prompts are answered",
         )
-        self._require(
-            "criterion", self.criterion in ("ablation", "induction"), "ablation or induction"
-        )
+        self._require("criterion", self.criterion in ("ablation", "induction"), "ablation or induction")
         self._require("fallback", self.fallback in ("error", "relax"), "error or relax")
 
     def _require(self, name: str, holds: bool, what: str) -> None:
