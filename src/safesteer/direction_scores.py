@@ -90,12 +90,12 @@ class KLFrom:
 
     def __init__(self, logits: Tensor) -> None:
         self._p = float64(logits).softmax(-1)
-        self._negative_entropy = -torch.special.entr(self._p).sum(-1)
+        self._negative_entropy: Tensor = -torch.special.entr(self._p).sum(-1)
 
     def to(self, logits: Tensor) -> Tensor:
         """Return the divergence to the `q` of these logits, [B, V]; [B] in nats."""
         wide = float64(logits)
-        expected = torch.einsum("bv,bv->b", self._p, wide)
+        expected: Tensor = torch.einsum("bv,bv->b", self._p, wide)
         if expected.isnan().any():
             # A token that p rules out adds nothing, where 0 · −∞ makes the sum NaN.
             expected = torch.einsum("bv,bv->b", self._p, wide.masked_fill(self._p == 0, 0.0))

@@ -41,7 +41,7 @@ class Muon(torch.optim.AdamW):
         super().__init__(groups, lr=lr, **adamw)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
         """One step; `closure` as in `torch.optim.Optimizer`."""
         loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
@@ -53,23 +53,18 @@ class Muon(torch.optim.AdamW):
 
     def _orthogonal_step(self, group: dict[str, Any]) -> None:
         lr, momentum = group["lr"], group["momentum"]
-        alike: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
+        alike: dict[torch.Size, list[tuple[nn.Parameter, Tensor]]] = defaultdict(list)
         for weight in group["params"]:
-            if weight.grad is not None:
-                alike[weight.shape].append(weight)
-        for shape, weights in alike.items():
-            directions = []
-            for weight in weights:
-                if not self.state[weight]:
-                    # AdamW, which loads this state again when a training is resumed, looks for a step in it.
-                    self.state[weight] = {
-                        "step": torch.zeros(()),
-                        "momentum_buffer": torch.zeros_like(weight),
-                    }
-                average = self.state[weight]["momentum_buffer"]
-                average.lerp_(weight.grad, 1 - momentum)
-                directions.append(weight.grad.lerp(average, momentum))
-                weight.grad = None
-            for weight, step in zip(weights, orthogonalized(torch.stack(directions)), strict=True):
+            gradient, weight.grad = weight.grad, None
+            if gradient is None:
+                continue
+            if not self.state[weight]:
+                # AdamW, which loads this state again when a training is resumed, looks for a step in it.
+                self.state[weight] = {"step": torch.zeros(()), "momentum_buffer": torch.zeros_like(weight)}
+            average = self.state[weight]["momentum_buffer"].lerp_(gradient, 1 - momentum)
+            alike[weight.shape].append((weight, gradient.lerp(average, momentum)))
+        for shape, pairs in alike.items():
+            steps = orthogonalized(torch.stack([direction for _, direction in pairs]))
+            for (weight, _), step in zip(pairs, steps, strict=True):
                 weight.mul_(1 - lr * group["weight_decay"])
                 weight.add_(step, alpha=-0.2 * lr * max(shape) ** 0.5)
