@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -117,9 +118,6 @@ class CandidateScorer:
         harmful: Validation prompts, for the ablation refusal score.
         harmless: Validation prompts, for KL.
         induced: Validation prompts that adding a candidate should make the model refuse; the harmless ones by default.
-
-    Attributes:
-        unsteered: Mean refusal score of the `induced` prompts, no vector added.
     """
 
     def __init__(
@@ -136,10 +134,14 @@ class CandidateScorer:
         self._ids = tuple(ids)
         self._harmful = reader.batches(harmful)
         self._harmless = reader.batches(harmless)
-        self._induced = self._harmless if induced is None else reader.batches(induced)
+        self._to_induce = harmless if induced is None else induced
+        self._induced = reader.batches(self._to_induce)
         self._kl_from = [KLFrom(reader.logits(batch)) for batch in self._harmless]
-        unsteered = [refusal_score(reader.logits(batch), self._ids).cpu() for batch in self._induced]
-        self.unsteered = torch.cat(unsteered).mean().item()
+
+    @cached_property
+    def unsteered(self) -> float:
+        """Mean refusal score of the `induced` prompts, no vector added; few searches need it."""
+        return refusal_scores(self._reader, self._to_induce, self._ids).mean().item()
 
     def induction(self, candidates: Mapping[Candidate, Tensor], progress: Progress) -> dict[Candidate, float]:
         """Mean refusal score of the `induced` prompts with `r[i,l]` added at layer `l`'s input, coefficient 1.
