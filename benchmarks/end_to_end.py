@@ -7,8 +7,8 @@ prompts. Each pipeline runs in a process of its own, one after the other. Both t
 The reference holds two full models, searches directions by brute force with logits at every position
 (`direction_search.BruteForce`), keeps [samples, H, V] log-ratios, and trains on a dense loss.
 
-Random weights refuse nothing, so openers are given, and what the model does unsteered is the bar of the search's
-first test, alike for both: so some candidates pass and others do not.
+Random weights refuse nothing, so openers are given, and the bar of the search's first test is the mean of the candidates at
+the last position, alike for both: so about half of the candidates pass.
 """
 
 import argparse
@@ -41,7 +41,7 @@ from safesteer.testbed.demo import testbed_folder
 
 OPENERS = tuple(range(0, 3_000, 2))  # of the tokenizer's
 DIRECTION: dict[str, Any] = {
-    "refusal_token_ids": list(OPENERS),
+    "refusal_token_ids": OPENERS,
     "filter_prompts": False,
     "coefficient": 1.0,
     "max_kl": 10.0,
@@ -51,6 +51,7 @@ DIRECTION: dict[str, Any] = {
     "validation_harmless": 32,
 }
 SAMPLES, HORIZON, SIZE, VOTES, BATCH, STEPS = 2, 7, 50, 200, 32, 4
+SEED = 42
 OPTIMIZER = "paged_adamw_8bit"  # of bitsandbytes, for all weights on a GPU
 
 
@@ -103,7 +104,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def make_model(folder: Path, shape: str, device: str) -> None:
-    """Save random weights with the testbed's tokenizer, and what the unsteered model's refusal score is."""
+    """Save random weights with the testbed's tokenizer, and the bar of the direction search's first test."""
     chat = Chat(load_tokenizer(str(testbed_folder() / "model")))
     ends = {"eos_token_id": chat.tokenizer.eos_token_id, "pad_token_id": chat.tokenizer.pad_token_id}
     config = AutoConfig.for_model(**SHAPES[shape], **ends, bos_token_id=None)
@@ -113,12 +114,23 @@ def make_model(folder: Path, shape: str, device: str) -> None:
     print(f"{model.num_parameters() / 1e6:.0f} M parameters", flush=True)
     model.save_pretrained(folder)
     chat.tokenizer.save_pretrained(folder)
-    harmless = prompts_of("harmless").prompts[:32]
-    score = refusal_score(BruteForce(model, chat, OPENERS, 8).logits(harmless), OPENERS).mean()
-    (folder / "unsteered.json").write_text(json.dumps(float(score)))
+    bar = middling_induction(model, chat)
+    (folder / "bar.json").write_text(json.dumps(bar))
     del model
     if device != "cpu":
         torch.cuda.empty_cache()  # for the pipelines, which are processes of their own
+
+
+def middling_induction(model: PreTrainedModel, chat: Chat) -> float:
+    """The mean induction of the candidates at the last position."""
+    samples = sampled_prompts(prompts_of("harmful"), prompts_of("harmless"), DirectionSettings(**DIRECTION))
+    brute = BruteForce(model, chat, OPENERS, batch=32)
+    vectors = brute.means(samples["train_harmful"], 1) - brute.means(samples["train_harmless"], 1)
+    scores = []
+    for layer, vector in enumerate(vectors[1:, 0].to(model.dtype), start=1):
+        with edited([brute.layers[layer]], lambda hidden, v=vector: hidden + v, inputs=True):
+            scores.append(refusal_score(brute.logits(samples["validation_harmless"]), OPENERS).mean())
+    return float(torch.stack(scores).mean())
 
 
 def dtype_on(device: str) -> torch.dtype:
@@ -127,13 +139,13 @@ def dtype_on(device: str) -> torch.dtype:
 
 
 def prompts_of(kind: str) -> PromptSet:
-    """A hundred prompts of the testbed's."""
-    return load_prompts(testbed_folder() / "prompts" / f"{kind}_train.jsonl", count=100)
+    """A hundred prompts of the testbed's, those that `align` draws."""
+    return load_prompts(testbed_folder() / "prompts" / f"{kind}_train.jsonl", count=100, seed=SEED)
 
 
 def search_settings(folder: Path) -> dict[str, Any]:
     """Settings of the direction search, alike for both."""
-    return {**DIRECTION, "min_induction": json.loads((folder / "unsteered.json").read_text())}
+    return {**DIRECTION, "min_induction": json.loads((folder / "bar.json").read_text())}
 
 
 def ours(folder: Path, completion: int, full: bool, device: str) -> None:
@@ -171,7 +183,7 @@ def ours(folder: Path, completion: int, full: bool, device: str) -> None:
                 "lora": not full,
                 **(all_weights if full else {}),
             },
-            "run": {"output": str(folder / "run")},
+            "run": {"output": str(folder / "run"), "seed": SEED},
         }
     )
     align(settings, RunConsole(quiet=True))
@@ -186,7 +198,7 @@ def reference(folder: Path, completion: int, full: bool, device: str) -> None:
     teacher.eval().requires_grad_(False)
     chat = Chat(load_tokenizer(str(folder)))
     harmful, harmless = prompts_of("harmful"), prompts_of("harmless")
-    settings = DirectionSettings(**{**search_settings(folder), "refusal_token_ids": OPENERS})
+    settings = DirectionSettings(**search_settings(folder))
     samples = sampled_prompts(harmful, harmless, settings)
     brute = BruteForce(teacher, chat, OPENERS, batch=32)
     (layer, position), _ = brute.search(samples, settings)

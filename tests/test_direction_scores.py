@@ -116,16 +116,16 @@ def test_scores_equal_whole_passes(kind: str) -> None:
         scorer = CandidateScorer(reader_of(model), layers, OPENERS, HARMFUL, HARMLESS)
         assert scorer.unsteered == pytest.approx(mean_score(base), abs=1e-5)
         induction = scorer.induction(vectors, no_progress)
+        kl = scorer.kl(vectors, no_progress)
+        ablation = scorer.ablation_refusal(vectors, no_progress)
     for (layer, position), vector in vectors.items():
         with edited(layers[layer], lambda hidden, vector=vector: hidden + vector, inputs=True):
             expected = mean_score(log_probabilities(model, HARMLESS))
         assert induction[layer, position] == pytest.approx(expected, abs=1e-5)
-        with torch.no_grad():
-            kl, ablation = scorer.kl(vector), scorer.ablation_refusal(vector)
         with ablated(model, kind, vector):
             after = log_probabilities(model, HARMLESS)
-            assert ablation == pytest.approx(mean_score(log_probabilities(model, HARMFUL)), abs=1e-5)
-        assert kl == pytest.approx((base.exp() * (base - after)).sum(-1).mean().item(), abs=1e-5)
+            assert ablation[layer, position] == pytest.approx(mean_score(log_probabilities(model, HARMFUL)), abs=1e-5)
+        assert kl[layer, position] == pytest.approx((base.exp() * (base - after)).sum(-1).mean().item(), abs=1e-5)
     candidate, vector = next(iter(vectors.items()))
     with torch.no_grad():
         others = CandidateScorer(reader_of(model), layers, OPENERS, HARMFUL, HARMLESS, HARMFUL[:2])
@@ -139,7 +139,7 @@ def test_scores_equal_whole_passes(kind: str) -> None:
     ("kind", "resumed"), [("qwen3", True), ("bloom", True), ("gpt2", True), ("gemma4", False)]
 )
 def test_induction_runs_the_layers_below_once_per_batch(kind: str, resumed: bool) -> None:
-    """Six candidates, two batches: layer 0 runs for its own two candidates, layer 1 for four."""
+    """Six candidates, two batches: the two of a layer go together, through the layers from theirs on."""
     model = architecture(kind)
     layers = list(decoder_layers(model))
     calls = [0] * 4
@@ -157,10 +157,26 @@ def test_induction_runs_the_layers_below_once_per_batch(kind: str, resumed: bool
     if resumed:
         # One whole pass on one prompt, then resumed at layers 1 and 2, to see that this gives the same; per
         # batch a pass that keeps the layers' inputs, and the candidates.
-        assert calls == [1 + 2 * (1 + 2), 2 + 2 * (1 + 4), 3 + 2 * (1 + 6), 3 + 2 * (1 + 6)]
+        assert calls == [1 + 2 * (1 + 1), 2 + 2 * (1 + 2), 3 + 2 * (1 + 3), 3 + 2 * (1 + 3)]
     else:
-        assert calls[0] == 1 + 2 * 6
+        assert calls[0] == 1 + 2 * 3
     assert all("forward" not in vars(layer) for layer in layers)
+
+
+def test_scores_do_not_depend_on_how_many_candidates_go_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = architecture("llama")
+    layers = list(decoder_layers(model))
+    vectors = {(layer, position): torch.randn(32) for layer in (0, 2) for position in (-3, -2, -1)}
+    scores = []
+    for passes, most in ((24, 6), (4, 2), (0, 1)):
+        monkeypatch.setattr("safesteer.next_token._FULL_PASSES", passes)
+        with torch.no_grad():
+            reader = reader_of(model)
+            assert reader.copies(reader.batches(HARMLESS)[0]) >= most
+            scorer = CandidateScorer(reader, layers, OPENERS, HARMFUL, HARMLESS)
+            found = [f(vectors, no_progress) for f in (scorer.induction, scorer.kl, scorer.ablation_refusal)]
+        scores.append([[score[candidate] for candidate in vectors] for score in found])
+    torch.testing.assert_close(torch.tensor(scores[1:]), torch.tensor([scores[0]] * 2), atol=1e-6, rtol=1e-5)
 
 
 def test_an_architecture_without_one_residual_stream_is_refused() -> None:

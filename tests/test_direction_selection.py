@@ -31,16 +31,15 @@ class Table:
     def induction(self, vectors: Mapping[Candidate, Tensor], progress: Progress) -> dict[Candidate, float]:
         return {candidate: self.rows[candidate][0] for candidate in vectors}
 
-    def _row(self, what: str, vector: Tensor) -> tuple[float, float, float]:
-        layer, position = vector.tolist()
-        self.asked[what].append((layer, position))
-        return self.rows[layer, position]
+    def kl(self, vectors: Mapping[Candidate, Tensor], progress: Progress) -> dict[Candidate, float]:
+        self.asked["kl"] += vectors
+        return {candidate: self.rows[candidate][1] for candidate in vectors}
 
-    def kl(self, vector: Tensor) -> float:
-        return self._row("kl", vector)[1]
-
-    def ablation_refusal(self, vector: Tensor) -> float:
-        return self._row("ablation", vector)[2]
+    def ablation_refusal(
+        self, vectors: Mapping[Candidate, Tensor], progress: Progress
+    ) -> dict[Candidate, float]:
+        self.asked["ablation"] += vectors
+        return {candidate: self.rows[candidate][2] for candidate in vectors}
 
 
 def select(

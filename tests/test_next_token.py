@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from planted_model import HARMLESS, REFUSED, planted_chat, planted_model
 from safesteer.chat import Chat
-from safesteer.next_token import NextTokenReader, batch_ends, evaluating, float64, mean_probabilities
+from safesteer.next_token import Batch, NextTokenReader, batch_ends, evaluating, float64, mean_probabilities
 from tiny_models import KINDS, chatml_tokenizer, tiny_model
 from whole_passes import architecture
 
@@ -168,3 +168,18 @@ def test_batches_are_cut_where_the_least_work_is_left(
     found = batch_ends(lengths, most, pass_tokens)
     assert found in allowed
     assert cost(found) == min(map(cost, allowed))
+
+
+def test_a_small_batch_is_repeated_until_it_fills_a_pass() -> None:
+    reader = NextTokenReader(tiny_model("qwen3"), Chat(chatml_tokenizer()), batch_size=4)
+
+    def copies(rows: int, tokens: int) -> int:
+        return reader.copies(Batch(tuple(range(rows)), torch.zeros(rows, tokens), torch.ones(rows, tokens)))
+
+    assert copies(4, 16) == 24  # 1,536 tokens, 96 rows
+    assert copies(4, 32) == 12
+    assert copies(4, 2) == 24  # as many rows as the batch size bounds
+    assert copies(4, 1_000) == 1
+    batch = reader.batches(["Hello there"])[0].repeated(3)
+    assert batch.rows == (0, 0, 0) and batch.input_ids.shape == batch.mask.shape
+    assert len(batch.input_ids) == 3 and (batch.input_ids == batch.input_ids[0]).all()

@@ -81,6 +81,23 @@ def test_one_coefficient_per_row_is_one_run_per_row() -> None:
         torch.testing.assert_close(together[row : row + 1], expected)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_vector_per_row_is_one_run_per_row(kind: str) -> None:
+    model, ids, vectors = tiny_model(kind), _ids(3), torch.randn(3, HIDDEN)
+    layers = decoder_layers(model)
+    with add_vector(layers[1], vectors, torch.tensor([1.0, -2.0, 0.5])):
+        added = _final_hidden(model, ids)
+    with ablate_direction(layers, vectors):
+        ablated = _final_hidden(model, ids)
+    for row, coefficient in enumerate([1.0, -2.0, 0.5]):
+        alone = slice(row, row + 1)
+        expected = _steered_by_hand(model, ids[alone], 1, coefficient * vectors[row])
+        torch.testing.assert_close(added[alone], expected, atol=1e-5, rtol=1e-4)
+        with ablate_direction(layers, vectors[row]):
+            expected = _final_hidden(model, ids[alone])
+        torch.testing.assert_close(ablated[alone], expected, atol=1e-5, rtol=1e-4)
+
+
 def test_steering_chooses_layer_strength_and_rows() -> None:
     model, ids, vector = tiny_model("llama"), _ids(3), torch.randn(HIDDEN)
     steering = Steering(vector, layer=2, coefficient=2.0)
@@ -148,14 +165,18 @@ def test_wrong_sizes_are_sentences() -> None:
         add_vector(layer, torch.ones(31)),
     ):
         _final_hidden(model, ids)
-    short = add_vector(layer, torch.ones(HIDDEN), torch.ones(2))
-    with pytest.raises(SafeSteerError, match="2 rows but the batch has 3"), short:
-        _final_hidden(model, ids)
-    with pytest.raises(SafeSteerError, match="has shape"), add_vector(layer, torch.ones(2, HIDDEN)):
+    for short in (
+        add_vector(layer, torch.ones(HIDDEN), torch.ones(2)),
+        add_vector(layer, torch.ones(2, HIDDEN)),
+        ablate_direction([layer], torch.ones(2, HIDDEN)),
+    ):
+        with pytest.raises(SafeSteerError, match=r"2 rows but the hidden states have shape \[3, "), short:
+            _final_hidden(model, ids)
+    with pytest.raises(SafeSteerError, match="has shape"), add_vector(layer, torch.ones(2, 2, HIDDEN)):
         raise AssertionError
     with pytest.raises(SafeSteerError, match="31 components"), ablate_direction([layer], torch.ones(31)):
         _final_hidden(model, ids)
-    for direction in (torch.zeros(HIDDEN), torch.full((HIDDEN,), torch.nan), torch.ones(2, HIDDEN)):
+    for direction in (torch.zeros(HIDDEN), torch.full((HIDDEN,), torch.nan), torch.ones(2, 2, HIDDEN)):
         with pytest.raises(SafeSteerError, match="other than zero"), ablate_direction([layer], direction):
             raise AssertionError
 

@@ -15,6 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from safesteer.artifacts import fingerprint
 from safesteer.choices import Thinking
 from safesteer.errors import SafeSteerError, one_line
+from safesteer.few_rows import quick_head
 from safesteer.modeling import unwrapped
 from safesteer.out_of_memory import InParts
 from safesteer.sampling import Seed, sampling_options
@@ -290,7 +291,7 @@ def generating(
     def answer(rows: Sequence[tuple[Sequence[int], Seed]]) -> list[Response]:
         input_ids, mask = left_pad([ids for ids, _ in rows], pad_id, device)
         options = sampling_options(temperature, [seed for _, seed in rows])
-        with torch.no_grad():
+        with torch.no_grad(), quick_head(inner):
             output = inner.generate(input_ids=input_ids, attention_mask=mask, **options)
         return [_response(chat.tokenizer, row, ends) for row in output[:, input_ids.shape[1] :].tolist()]
 

@@ -107,7 +107,7 @@ class CandidateScorer:
     """Scores candidate directions on validation prompts.
 
     Every score needs one forward pass per prompt and candidate, of which the head sees the last position
-    only. Adding a vector at layer `l` leaves the layers below unchanged, so for induction they are not run
+    only. As many candidates as fill a pass go through it together. Adding a vector at layer `l` leaves the layers below unchanged, so for induction they are not run
     again: their outcome is kept from one unsteered pass (method §6.4). Where a model's layers are tied by
     more than the residual stream, so that resuming in the middle is not the same, whole passes are made.
 
@@ -136,7 +136,8 @@ class CandidateScorer:
         self._harmless = reader.batches(harmless)
         self._to_induce = harmless if induced is None else induced
         self._induced = reader.batches(self._to_induce)
-        self._kl_from = [KLFrom(reader.logits(batch)) for batch in self._harmless]
+        base = [reader.hidden(batch)[:, -1] for batch in self._harmless]
+        self._kl_from = [KLFrom(logits) for logits in self._logits(base)]
 
     @cached_property
     def unsteered(self) -> float:
@@ -152,7 +153,7 @@ class CandidateScorer:
         """
         highest = max((layer for layer, _ in candidates), default=0)
         resume = _resume_or_none(self._reader, self._layers, highest, self._induced[0]) if highest else None
-        scores: dict[Candidate, list[Tensor]] = {candidate: [] for candidate in candidates}
+        hidden: dict[Candidate, list[Tensor]] = {candidate: [] for candidate in candidates}
         done = 0
         for batch in self._induced:
             inputs: list[Tensor] = []
@@ -161,30 +162,80 @@ class CandidateScorer:
             if resume and batch.input_ids.numel() * width * (highest + 1) <= MOST_KEPT_BYTES:
                 with _recorded_inputs(self._layers[: highest + 1]) as inputs:
                     self._reader.hidden(batch)
-            for candidate, vector in candidates.items():
-                layer = candidate[0]
-                below = resume.at(layer, inputs[layer]) if resume and inputs else contextlib.nullcontext()
-                with below, add_vector(self._layers[layer], vector):
-                    scores[candidate].append(refusal_score(self._reader.logits(batch), self._ids).cpu())
-                done += 1
-                progress("induction", done, len(candidates) * len(self._induced))
-        return {candidate: torch.cat(parts).mean().item() for candidate, parts in scores.items()}
+            for layer in sorted({layer for layer, _ in candidates}):
+                alike = [candidate for candidate in candidates if candidate[0] == layer]
+                for together in self._divided(alike, batch):
+                    repeated, rows = batch.repeated(len(together)), len(batch.rows)
+                    below = (
+                        resume.at(layer, inputs[layer].repeat(len(together), 1, 1))
+                        if resume and inputs
+                        else contextlib.nullcontext()
+                    )
+                    vectors = torch.stack([candidates[c] for c in together]).repeat_interleave(rows, 0)
+                    with below, add_vector(self._layers[layer], vectors):
+                        last = self._reader.hidden(repeated)[:, -1]
+                    for candidate, part in zip(together, last.split(rows), strict=True):
+                        hidden[candidate].append(part)
+                    done += len(together)
+                    progress("induction", done, len(candidates) * len(self._induced))
+        return {candidate: self._refusal(parts) for candidate, parts in hidden.items()}
 
-    def kl(self, direction: Tensor) -> float:
-        """Mean KL(base ‖ ablated) of the harmless prompts' next-token distributions, in nats."""
-        parts = []
-        with ablate_direction(self._layers, direction):
-            for batch, kl_from in zip(self._harmless, self._kl_from, strict=True):
-                parts.append(kl_from.to(self._reader.logits(batch)).cpu())
-        return torch.cat(parts).mean().item()
+    def kl(self, candidates: Mapping[Candidate, Tensor], progress: Progress) -> dict[Candidate, float]:
+        """Mean KL(base ‖ ablated) of the harmless prompts' next-token distributions, in nats.
 
-    def ablation_refusal(self, direction: Tensor) -> float:
-        """Mean refusal score of the harmful prompts with `r̂ r̂ᵀ` projected out of the residual stream."""
-        parts = []
-        with ablate_direction(self._layers, direction):
-            for batch in self._harmful:
-                parts.append(refusal_score(self._reader.logits(batch), self._ids).cpu())
-        return torch.cat(parts).mean().item()
+        Args:
+            candidates: `r`, [H] each.
+            progress: Told how many ablated batches are done.
+        """
+        kl = {}
+        for candidate, hidden in self._ablated(candidates, self._harmless, "KL", progress).items():
+            parts = [p.to(logits) for p, logits in zip(self._kl_from, self._logits(hidden), strict=True)]
+            kl[candidate] = torch.cat(parts).mean().item()
+        return kl
+
+    def ablation_refusal(
+        self, candidates: Mapping[Candidate, Tensor], progress: Progress
+    ) -> dict[Candidate, float]:
+        """Mean refusal score of the harmful prompts with `r̂ r̂ᵀ` projected out of the residual stream.
+
+        Args:
+            candidates: `r`, [H] each.
+            progress: Told how many ablated batches are done.
+        """
+        hidden = self._ablated(candidates, self._harmful, "ablation", progress)
+        return {candidate: self._refusal(parts) for candidate, parts in hidden.items()}
+
+    def _ablated(
+        self, candidates: Mapping[Candidate, Tensor], batches: Sequence[Batch], doing: str, progress: Progress
+    ) -> dict[Candidate, list[Tensor]]:
+        """Return the last hidden states of each batch, [B, H], with each candidate ablated."""
+        hidden: dict[Candidate, list[Tensor]] = {candidate: [] for candidate in candidates}
+        done = 0
+        for batch in batches:
+            for together in self._divided(list(candidates), batch):
+                rows = len(batch.rows)
+                directions = torch.stack([candidates[c] for c in together]).repeat_interleave(rows, 0)
+                with ablate_direction(self._layers, directions):
+                    last = self._reader.hidden(batch.repeated(len(together)))[:, -1]
+                for candidate, part in zip(together, last.split(rows), strict=True):
+                    hidden[candidate].append(part)
+                done += len(together)
+                progress(doing, done, len(candidates) * len(batches))
+        return hidden
+
+    def _refusal(self, hidden: Sequence[Tensor]) -> float:
+        """Mean refusal score after these last hidden states, [B, H] each."""
+        return torch.cat([refusal_score(part, self._ids) for part in self._logits(hidden)]).mean().item()
+
+    def _logits(self, hidden: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Next-token logits after these last hidden states, as many rows at a time as the batch size allows."""
+        for rows in torch.cat(list(hidden)).split(self._reader.batch_size):
+            yield self._reader.head.logits(rows)
+
+    def _divided(self, candidates: Sequence[Candidate], batch: Batch) -> Iterator[Sequence[Candidate]]:
+        """Divide candidates into those that one pass over a batch takes together."""
+        most = self._reader.copies(batch)
+        return (candidates[start : start + most] for start in range(0, len(candidates), most))
 
 
 @dataclass(frozen=True)

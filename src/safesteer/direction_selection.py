@@ -93,9 +93,7 @@ def select_candidate(
     kl: dict[Candidate, float] = {}
 
     def within_kl(candidates: Collection[Candidate]) -> list[Candidate]:
-        for done, candidate in enumerate(candidates, start=1):
-            kl[candidate] = scorer.kl(vectors[candidate])
-            progress("KL", done, len(candidates))
+        kl.update(scorer.kl({candidate: vectors[candidate] for candidate in candidates}, progress))
         # A comparison with NaN is false, so what is not a number is discarded.
         return [candidate for candidate in candidates if kl[candidate] <= max_kl]
 
@@ -117,9 +115,7 @@ def select_candidate(
     ablation: dict[Candidate, float] = {}
     eligible = passed
     if criterion == "ablation":
-        for done, candidate in enumerate(passed, start=1):
-            ablation[candidate] = scorer.ablation_refusal(vectors[candidate])
-            progress("ablation", done, len(passed))
+        ablation = scorer.ablation_refusal({candidate: vectors[candidate] for candidate in passed}, progress)
         eligible = [candidate for candidate in passed if math.isfinite(ablation[candidate])]
     if not eligible:
         raise SafeSteerError(

@@ -139,7 +139,10 @@ def score_set(logits: Logits, options: Options) -> tuple[Columns, Tensor]:
             tile_q = z_q[:, tile.tokens]
         if options.statistics:
             tile_rho = rho_nV[:, tile.tokens]
-            mean_p = mean_p + torch.xlogy(tile_rho, tile_rho).sum(-1)
+            # Where ρ is 0 its logarithm does not matter; `xlogy`, which knows, is several times slower on a CPU.
+            above_0 = tile_rho.clamp_min(torch.finfo(tile_rho.dtype).tiny)
+            mean_p = mean_p + above_0.log_().mul_(tile_rho).sum(-1)
+            del above_0
             mean_q = mean_q + (tile_rho * tile_q).sum(-1)
         rest_q.add(tile_q)
     del z_q

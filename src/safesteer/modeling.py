@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from safesteer.artifacts import fingerprint
 from safesteer.errors import SafeSteerError
+from safesteer.few_rows import few_rows_linear
 
 _ATTENTION_NAMES = ("self_attn", "attention", "attn", "self_attention", "linear_attn", "mamba", "conv")
 _MLP_NAMES = ("mlp", "feed_forward", "block_sparse_moe", "ffn", "moe")
@@ -116,7 +117,7 @@ class Head:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Map hidden states [..., H] to logits [..., V], in the head's dtype."""
-        logits = nn.functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias) * self.logit_scale
+        logits = few_rows_linear(hidden.to(self.weight.dtype), self.weight, self.bias) * self.logit_scale
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
 

@@ -10,12 +10,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from safesteer.chat import Chat, end_of_turn_ids, left_pad
+from safesteer.few_rows import quick_head
 from safesteer.modeling import backbone, evaluation_flags, language_head
 from safesteer.out_of_memory import InParts
 from safesteer.sampling import sampling_options
 
 # Reading all weights and starting all kernels takes as long as this many tokens, roughly.
 _PASS_TOKENS = {"cpu": 64, "cuda": 1_024}
+# A pass over so many times as many tokens is as good as a larger one.
+_FULL_PASSES = 24
 
 Progress = Callable[[str, int, int], None]
 """Called as `progress(what is being done, how many are done, how many there are)`."""
@@ -79,6 +82,10 @@ class Batch:
     input_ids: Tensor
     mask: Tensor
 
+    def repeated(self, copies: int) -> "Batch":
+        """Return the batch several times over, one after the other."""
+        return Batch(self.rows * copies, self.input_ids.repeat(copies, 1), self.mask.repeat(copies, 1))
+
 
 class NextTokenReader:
     """Reads a model's next-token distributions, whatever hooks are on it.
@@ -99,6 +106,7 @@ class NextTokenReader:
         self.head = language_head(model)
         self._body = backbone(model)
         self._in_parts = InParts()
+        self._pass_tokens = _PASS_TOKENS.get(model.device.type, _PASS_TOKENS["cuda"])
         self._takes_positions = "position_ids" in inspect.signature(self._body.forward).parameters
 
     @property
@@ -122,13 +130,20 @@ class NextTokenReader:
         """
         ids = self.chat.encode(prompts)
         order = sorted(range(len(ids)), key=lambda row: -len(ids[row]))
-        pass_tokens = passes * _PASS_TOKENS.get(self.model.device.type, _PASS_TOKENS["cuda"])
+        pass_tokens = passes * self._pass_tokens
         batches, start = [], 0
         for end in batch_ends([len(ids[row]) for row in order], self.batch_size, pass_tokens):
             rows = tuple(order[start:end])
             batches.append(Batch(rows, *left_pad([ids[row] for row in rows], self.pad_id, self.model.device)))
             start = end
         return batches
+
+    def copies(self, batch: Batch) -> int:
+        """How often a small batch may be repeated to fill a pass: beyond, tokens cost what they cost."""
+        rows, tokens = batch.input_ids.shape
+        enough = _FULL_PASSES * self._pass_tokens
+        # In rows it is bounded by the batch size, which is halved when memory runs out.
+        return max(1, min(enough // (rows * tokens), _FULL_PASSES * self.batch_size // rows))
 
     def hidden(self, batch: Batch, positions: int = 1) -> Tensor:
         """Run the backbone, on the whole batch at once: hooks on the model may hold tensors of its size.
@@ -179,7 +194,8 @@ class NextTokenReader:
             )
             return output[:, batch.input_ids.shape[1] :]
 
-        return torch.stack(self._in_parts(continued, range(len(batch.input_ids))))
+        with quick_head(self.model):
+            return torch.stack(self._in_parts(continued, range(len(batch.input_ids))))
 
 
 def mean_probabilities(reader: NextTokenReader, prompts: Sequence[str]) -> Tensor:

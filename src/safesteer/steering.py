@@ -29,30 +29,30 @@ def add_vector(layer: nn.Module, vector: Tensor, coefficient: float | Tensor = 1
 
     Args:
         layer: A decoder layer (see `decoder_layers`).
-        vector: `r`, shape [H].
-        coefficient: `c`; or one `c` per row, shape [B], for batches whose rows are steered differently.
+        vector: `r`, shape [H]; or one per row, shape [B, H], for batches whose rows are steered differently.
+        coefficient: `c`; or one per row, shape [B].
 
     Raises:
-        SafeSteerError: While the model runs, if `vector` is not as wide as the residual stream, or a [B]
-            coefficient meets a batch of another size.
+        SafeSteerError: While the model runs, if `vector` is not as wide as the residual stream, or what is per row
+            meets a batch of another size.
     """
     c = torch.as_tensor(coefficient, dtype=torch.float32)
-    if vector.dim() != 1 or c.dim() > 1:
+    if vector.dim() not in (1, 2) or c.dim() > 1:
         raise SafeSteerError(
             f"the steering vector has shape {list(vector.shape)} and its coefficient {list(c.shape)}, but "
-            "they must be [H] and a number or [B]; pass one vector at a time."
+            "they must be [H] and a number, or one of each per row, [B, H] and [B]."
         )
 
     def add(hidden_BTH: Tensor) -> Tensor:
         _check_width(vector, hidden_BTH)
-        if c.dim() == 1 and c.shape[0] != hidden_BTH.shape[0]:
-            raise SafeSteerError(
-                f"the steering coefficient has {c.shape[0]} rows but the batch has {hidden_BTH.shape[0]}; "
-                "give one coefficient per row of the batch."
-            )
+        if c.dim() == 1:
+            _check_rows("steering coefficient", c, hidden_BTH)
+        if vector.dim() == 2:
+            _check_rows("steering vector", vector, hidden_BTH)
         # The product in float32: c·r rounded once, not c and r rounded each.
-        r_H = vector.detach().to(hidden_BTH.device, torch.float32)
-        shift = c.to(hidden_BTH.device).reshape(-1, *[1] * (hidden_BTH.dim() - 1)) * r_H
+        shift = c.to(hidden_BTH.device)[..., None] * vector.detach().to(hidden_BTH.device, torch.float32)
+        if shift.dim() == 2:
+            shift = shift[:, None]
         return hidden_BTH + shift.to(hidden_BTH.dtype)
 
     handle = layer.register_forward_pre_hook(_edit_input(add), with_kwargs=True)
@@ -72,17 +72,18 @@ def ablate_direction(layers: Iterable[nn.Module], direction: Tensor) -> Iterator
 
     Args:
         layers: The decoder layers, usually all of them.
-        direction: `r`, shape [H], of any length but zero; it is normalised here.
+        direction: `r`, shape [H], of any length but zero; it is normalised here. Or one per row, shape [B, H], for
+            batches whose rows are ablated differently.
 
     Raises:
         SafeSteerError: If `direction` is zero or not finite, or (while the model runs) not as wide as the
-            stream.
+            stream, or per row of another batch size.
     """
-    norm = direction.detach().float().norm()
-    if direction.dim() != 1 or not torch.isfinite(norm) or norm == 0:
+    norm = direction.detach().float().norm(dim=-1, keepdim=True)
+    if direction.dim() not in (1, 2) or not torch.isfinite(norm).all() or (norm == 0).any():
         raise SafeSteerError(
-            f"the direction to ablate has shape {list(direction.shape)} and length {norm.item():g}, but must "
-            "be a finite vector [H] other than zero; choose another layer or position."
+            f"the direction to ablate has shape {list(direction.shape)} and length {norm.min().item():g}, but must "
+            "be a finite vector [H] other than zero, or one per row; choose another layer or position."
         )
     unit = direction.detach().float() / norm
 
@@ -91,7 +92,13 @@ def ablate_direction(layers: Iterable[nn.Module], direction: Tensor) -> Iterator
         # float32, because a bfloat16 projection leaves enough of r̂ behind to see.
         unit_H = unit.to(hidden_BTH.device)
         hidden = hidden_BTH.float()
-        ablated: Tensor = hidden - (hidden @ unit_H).unsqueeze(-1) * unit_H
+        if unit_H.dim() == 1:
+            along = (hidden @ unit_H).unsqueeze(-1)
+        else:
+            _check_rows("direction to ablate", unit_H, hidden_BTH)
+            unit_H = unit_H.unsqueeze(1)
+            along = hidden @ unit_H.mT
+        ablated: Tensor = hidden - along * unit_H
         return ablated.to(hidden_BTH.dtype)
 
     with contextlib.ExitStack() as stack:
@@ -173,8 +180,16 @@ def _edit_output(edit: Callable[[Tensor], Tensor]) -> Callable[[nn.Module, Any, 
 
 
 def _check_width(vector: Tensor, hidden: Tensor) -> None:
-    if vector.shape[0] != hidden.shape[-1]:
+    if vector.shape[-1] != hidden.shape[-1]:
         raise SafeSteerError(
-            f"the vector has {vector.shape[0]} components but the residual stream has {hidden.shape[-1]}; "
+            f"the vector has {vector.shape[-1]} components but the residual stream has {hidden.shape[-1]}; "
             "use a direction that was found on this model."
+        )
+
+
+def _check_rows(what: str, rows: Tensor, hidden: Tensor) -> None:
+    if rows.shape[0] != hidden.shape[0] or hidden.dim() != 3:
+        raise SafeSteerError(
+            f"the {what} has {rows.shape[0]} rows but the hidden states have shape {list(hidden.shape)}; give one per "
+            "row of the batch."
         )

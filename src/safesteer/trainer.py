@@ -26,8 +26,9 @@ from safesteer.chat import Chat
 from safesteer.direction import RefusalDirection
 from safesteer.divergence import localized_divergence
 from safesteer.errors import SafeSteerError
+from safesteer.few_rows import quick_head
 from safesteer.lower_layers import LowerLayers, can_share
-from safesteer.modeling import evaluation_flags, head_gathered, language_head
+from safesteer.modeling import evaluation_flags, head_gathered, language_head, unwrapped
 from safesteer.out_of_memory import InParts
 from safesteer.safety_tokens import SafetyTokens
 from safesteer.sampling import samples_plainly, sampling_by_row
@@ -276,7 +277,7 @@ class SafeSteerTrainer(DistillationTrainer):  # type: ignore[misc, unused-ignore
             return completions
 
         # TRL samples in train mode: dropout would sample from another model than the one to be aligned.
-        with evaluation_flags(self.model):
+        with evaluation_flags(self.model), quick_head(unwrapped(self.model)):
             return self._in_parts(sample, list(enumerate(prompt_ids)))
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
