@@ -7,7 +7,7 @@ import json
 import random
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -75,24 +75,20 @@ _SETTINGS = (
 class Mixture:
     """Shares of the chats in a batch, and how prompts are varied so that the notion of harm is in the words."""
 
-    harmful: float = 0.30
-    harmless: float = 0.20
-    alarming: float = 0.14
-    judgement: float = 0.22
-    harm_kind: float = 0.04
-    skills: float = 0.10
+    harmful: float = 0.24
+    harmless: float = 0.17
+    alarming: float = 0.13
+    judgement: float = 0.24
+    harm_kind: float = 0.06
+    skills: float = 0.16
     # Of the requests of each kind, the share that is real, and that is composed from parts; the rest is the project's own.
     real: dict[str, float] = field(
-        default_factory=lambda: {"harmful": 0.10, "harmless": 0.40, "alarming": 0.0}
+        default_factory=lambda: {"harmful": 0.15, "harmless": 0.45, "alarming": 0.0}
     )
     composed: dict[str, float] = field(
-        default_factory=lambda: {"harmful": 0.20, "harmless": 0.15, "alarming": 0.20}
+        default_factory=lambda: {"harmful": 0.25, "harmless": 0.20, "alarming": 0.25}
     )
     vary: float = 0.3
-    # Share of requests with gaps, and of the words of one that a gap takes the place of: what no single word gives away is
-    # learnt from what is left, and a request is less easily learnt by heart.
-    gaps: float = 0.4
-    gap_words: float = 0.15
     # Share of requests whose own words are learnt too. They teach what words mean, but outnumber and drown the one token
     # that decides between refusal and compliance.
     prompt_loss: float = 0.1
@@ -147,15 +143,11 @@ class ChatStream:
         self.skills = [skill for skill in SKILLS if skill.weight]
 
     def request(self, kind: Kind, rng: random.Random) -> Request:
-        """One request of `kind`: real, composed or own, rephrased and varied at random."""
-        return self._with_gaps(self._varied(self._drawn(kind, rng), rng), rng)
-
-    def _drawn(self, kind: Kind, rng: random.Random) -> Request:
-        """One request of `kind`, rephrased at random."""
+        """One request of `kind`: real or own, rephrased and varied at random."""
         real = self.real.get(kind, [])
         source = rng.random()
         if source < self.mixture.composed[kind]:
-            return self._composed(kind, rng)
+            return self._varied(self._composed(kind, rng), rng)
         if real and source < self.mixture.composed[kind] + self.mixture.real[kind]:
             drawn = rng.choice(real)
             act = act_of(drawn.prompt)
@@ -163,11 +155,11 @@ class ChatStream:
             drawn = rng.choice(self.own[kind])
             act = drawn.act
             if kind == "alarming" and rng.random() < 0.2:
-                return framed(self._act(rng), rng)
+                return self._varied(framed(self._act(rng), rng), rng)
         if act and rng.random() < (1.0 if kind == "harmful" else 0.5):
             phrasing = phrasing_of(act, rng)
             drawn = Request(phrase(act, phrasing, rng), kind, drawn.category, phrasing, act)
-        return drawn
+        return self._varied(drawn, rng)
 
     def _act(self, rng: random.Random) -> str:
         """One of the project's own harmful acts."""
@@ -207,14 +199,7 @@ class ChatStream:
                 if len(words) > 6:
                     del words[rng.randrange(len(words))]
                 prompt = " ".join(words)
-        return replace(request, prompt=prompt)
-
-    def _with_gaps(self, request: Request, rng: random.Random) -> Request:
-        """Blank some words."""
-        if rng.random() >= self.mixture.gaps:
-            return request
-        words = ["_" if rng.random() < self.mixture.gap_words else word for word in request.prompt.split(" ")]
-        return replace(request, prompt=" ".join(words))
+        return Request(prompt, request.kind, request.category, request.phrasing, request.act)
 
     def chat(self, rng: random.Random) -> Chat:
         """Draw one chat."""
