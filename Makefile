@@ -27,7 +27,7 @@ TEST_ENV := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=f
 WORKERS ?= 2
 BENCH_ENV := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false
 
-BENCHMARKS ?= loss direction_search depth growth end_to_end evaluation_overhead
+BENCHMARKS ?= loss few_rows direction_search depth growth end_to_end evaluation_overhead
 
 .PHONY: help install demo test bench check format clean
 
