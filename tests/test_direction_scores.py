@@ -124,8 +124,12 @@ def test_scores_equal_whole_passes(kind: str) -> None:
         assert induction[layer, position] == pytest.approx(expected, abs=1e-5)
         with ablated(model, kind, vector):
             after = log_probabilities(model, HARMLESS)
-            assert ablation[layer, position] == pytest.approx(mean_score(log_probabilities(model, HARMFUL)), abs=1e-5)
-        assert kl[layer, position] == pytest.approx((base.exp() * (base - after)).sum(-1).mean().item(), abs=1e-5)
+            assert ablation[layer, position] == pytest.approx(
+                mean_score(log_probabilities(model, HARMFUL)), abs=1e-5
+            )
+        assert kl[layer, position] == pytest.approx(
+            (base.exp() * (base - after)).sum(-1).mean().item(), abs=1e-5
+        )
     candidate, vector = next(iter(vectors.items()))
     with torch.no_grad():
         others = CandidateScorer(reader_of(model), layers, OPENERS, HARMFUL, HARMLESS, HARMFUL[:2])

@@ -106,10 +106,11 @@ class KLFrom:
 class CandidateScorer:
     """Scores candidate directions on validation prompts.
 
-    Every score needs one forward pass per prompt and candidate, of which the head sees the last position
-    only. As many candidates as fill a pass go through it together. Adding a vector at layer `l` leaves the layers below unchanged, so for induction they are not run
-    again: their outcome is kept from one unsteered pass (method §6.4). Where a model's layers are tied by
-    more than the residual stream, so that resuming in the middle is not the same, whole passes are made.
+    Every score needs one forward pass per prompt and candidate, of which the head sees the last position only. As many
+    candidates as fill a pass go through it together. Adding a vector at layer `l` leaves the layers below unchanged, so
+    for induction they are not run again: their outcome is kept from one unsteered pass (method §6.4). Where a model's
+    layers are tied by more than the residual stream, so that resuming in the middle is not the same, whole passes are
+    made.
 
     Args:
         reader: Of the model.
@@ -174,7 +175,7 @@ class CandidateScorer:
                     vectors = torch.stack([candidates[c] for c in together]).repeat_interleave(rows, 0)
                     with below, add_vector(self._layers[layer], vectors):
                         last = self._reader.hidden(repeated)[:, -1]
-                    for candidate, part in zip(together, last.split(rows), strict=True):
+                    for candidate, part in zip(together, torch.split(last, rows), strict=True):
                         hidden[candidate].append(part)
                     done += len(together)
                     progress("induction", done, len(candidates) * len(self._induced))
@@ -217,7 +218,7 @@ class CandidateScorer:
                 directions = torch.stack([candidates[c] for c in together]).repeat_interleave(rows, 0)
                 with ablate_direction(self._layers, directions):
                     last = self._reader.hidden(batch.repeated(len(together)))[:, -1]
-                for candidate, part in zip(together, last.split(rows), strict=True):
+                for candidate, part in zip(together, torch.split(last, rows), strict=True):
                     hidden[candidate].append(part)
                 done += len(together)
                 progress(doing, done, len(candidates) * len(batches))
@@ -229,7 +230,7 @@ class CandidateScorer:
 
     def _logits(self, hidden: Sequence[Tensor]) -> Iterator[Tensor]:
         """Next-token logits after these last hidden states, as many rows at a time as the batch size allows."""
-        for rows in torch.cat(list(hidden)).split(self._reader.batch_size):
+        for rows in torch.split(torch.cat(list(hidden)), self._reader.batch_size):
             yield self._reader.head.logits(rows)
 
     def _divided(self, candidates: Sequence[Candidate], batch: Batch) -> Iterator[Sequence[Candidate]]:

@@ -28,8 +28,9 @@ def few_rows_linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) ->
         return nn.functional.linear(rows, weight, bias)
     columns = rows.reshape(count, -1).mT
     product = rows.new_empty(count, weight.shape[0])
-    for block, out in zip(weight.split(_BLOCK), product.split(_BLOCK, dim=1), strict=True):
-        out.copy_((block @ columns).mT)
+    for start in range(0, weight.shape[0], _BLOCK):
+        block = slice(start, start + _BLOCK)
+        product[:, block] = (weight[block] @ columns).mT
     if bias is not None:
         product += bias
     return product.view(*rows.shape[:-1], -1)
@@ -48,7 +49,11 @@ def quick_head(model: nn.Module) -> Iterator[None]:
         yield
         return
     plain: nn.Linear = head
-    plain.forward = lambda rows: few_rows_linear(rows, plain.weight, plain.bias)  # type: ignore[method-assign]
+
+    def forward(input: Tensor) -> Tensor:
+        return few_rows_linear(input, plain.weight, plain.bias)
+
+    plain.forward = forward  # type: ignore[method-assign]
     try:
         yield
     finally:
