@@ -1,7 +1,8 @@
 """What a candidate refusal direction does to the model: induction, KL and ablation scores (method §1)."""
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -11,10 +12,14 @@ from torch import Tensor, nn
 
 from safesteer.errors import SafeSteerError
 from safesteer.next_token import Batch, NextTokenReader, Progress, float64
+from safesteer.out_of_memory import InParts
 from safesteer.steering import ablate_direction, add_vector
 
 Candidate = tuple[int, int]
 """Layer, and position counted from the end (−1 is the last)."""
+
+_Edit = Callable[[Tensor, int], AbstractContextManager[None]]
+"""Edits a model for a block, with a vector per row [copies · B, H], for so many copies of a batch."""
 
 MOST_KEPT_BYTES = 4 * 2**30
 """Above it a batch's layer inputs are not kept on the CPU, and induction makes whole passes."""
@@ -137,6 +142,7 @@ class CandidateScorer:
         self._harmless = reader.batches(harmless)
         self._to_induce = harmless if induced is None else induced
         self._induced = reader.batches(self._to_induce)
+        self._in_parts = InParts()
         base = [reader.hidden(batch)[:, -1] for batch in self._harmless]
         self._kl_from = [KLFrom(logits) for logits in self._logits(base)]
 
@@ -164,21 +170,14 @@ class CandidateScorer:
                 with _recorded_inputs(self._layers[: highest + 1]) as inputs:
                     self._reader.hidden(batch)
             for layer in sorted({layer for layer, _ in candidates}):
-                alike = [candidate for candidate in candidates if candidate[0] == layer]
-                for together in self._divided(alike, batch):
-                    repeated, rows = batch.repeated(len(together)), len(batch.rows)
-                    below = (
-                        resume.at(layer, inputs[layer].repeat(len(together), 1, 1))
-                        if resume and inputs
-                        else contextlib.nullcontext()
-                    )
-                    vectors = torch.stack([candidates[c] for c in together]).repeat_interleave(rows, 0)
-                    with below, add_vector(self._layers[layer], vectors):
-                        last = self._reader.hidden(repeated)[:, -1]
-                    for candidate, part in zip(together, torch.split(last, rows), strict=True):
-                        hidden[candidate].append(part)
-                    done += len(together)
-                    progress("induction", done, len(candidates) * len(self._induced))
+                alike = {
+                    candidate: candidates[candidate] for candidate in candidates if candidate[0] == layer
+                }
+                below = (resume, inputs[layer]) if resume and inputs else None
+                for candidate, last_BH in self._together(alike, batch, self._adding(layer, below)):
+                    hidden[candidate].append(last_BH)
+                done += len(alike)
+                progress("induction", done, len(candidates) * len(self._induced))
         return {candidate: self._refusal(parts) for candidate, parts in hidden.items()}
 
     def kl(self, candidates: Mapping[Candidate, Tensor], progress: Progress) -> dict[Candidate, float]:
@@ -212,17 +211,59 @@ class CandidateScorer:
         """Return the last hidden states of each batch, [B, H], with each candidate ablated."""
         hidden: dict[Candidate, list[Tensor]] = {candidate: [] for candidate in candidates}
         done = 0
+
+        def ablating(directions: Tensor, copies: int) -> AbstractContextManager[None]:
+            return ablate_direction(self._layers, directions)
+
         for batch in batches:
-            for together in self._divided(list(candidates), batch):
-                rows = len(batch.rows)
-                directions = torch.stack([candidates[c] for c in together]).repeat_interleave(rows, 0)
-                with ablate_direction(self._layers, directions):
-                    last = self._reader.hidden(batch.repeated(len(together)))[:, -1]
-                for candidate, part in zip(together, torch.split(last, rows), strict=True):
-                    hidden[candidate].append(part)
-                done += len(together)
+            for candidate, last_BH in self._together(candidates, batch, ablating):
+                hidden[candidate].append(last_BH)
+                done += 1
                 progress(doing, done, len(candidates) * len(batches))
         return hidden
+
+    def _adding(self, layer: int, below: "tuple[_Resume, Tensor] | None") -> _Edit:
+        """Add vectors at a layer, without running those below where what they lead to is known, [B, T, H]."""
+
+        @contextlib.contextmanager
+        def adding(vectors: Tensor, copies: int) -> Iterator[None]:
+            with contextlib.ExitStack() as stack:
+                if below is not None:
+                    resume, hidden_BTH = below
+                    stack.enter_context(resume.at(layer, hidden_BTH.repeat(copies, 1, 1)))
+                stack.enter_context(add_vector(self._layers[layer], vectors))
+                yield
+
+        return adding
+
+    def _together(
+        self,
+        candidates: Mapping[Candidate, Tensor],
+        batch: Batch,
+        edit: _Edit,
+    ) -> Iterator[tuple[Candidate, Tensor]]:
+        """Run a batch once per candidate, as many of them in one pass as fill it or as memory allows.
+
+        Args:
+            candidates: `r`, [H] each.
+            batch: The prompts.
+            edit: Edits the model.
+
+        Yields:
+            Each candidate, and the last hidden states with it, [B, H].
+        """
+        rows = len(batch.rows)
+
+        def last_states(some: Sequence[Candidate]) -> Sequence[Tensor]:
+            vectors = torch.stack([candidates[candidate] for candidate in some]).repeat_interleave(rows, 0)
+            with edit(vectors, len(some)):
+                return torch.split(self._reader.hidden(batch.repeated(len(some)))[:, -1], rows)
+
+        everyone = list(candidates)
+        most = self._reader.copies(batch)
+        for start in range(0, len(everyone), most):
+            some = everyone[start : start + most]
+            yield from zip(some, self._in_parts(last_states, some), strict=True)
 
     def _refusal(self, hidden: Sequence[Tensor]) -> float:
         """Mean refusal score after these last hidden states, [B, H] each."""
@@ -232,11 +273,6 @@ class CandidateScorer:
         """Next-token logits after these last hidden states, as many rows at a time as the batch size allows."""
         for rows in torch.split(torch.cat(list(hidden)), self._reader.batch_size):
             yield self._reader.head.logits(rows)
-
-    def _divided(self, candidates: Sequence[Candidate], batch: Batch) -> Iterator[Sequence[Candidate]]:
-        """Divide candidates into those that one pass over a batch takes together."""
-        most = self._reader.copies(batch)
-        return (candidates[start : start + most] for start in range(0, len(candidates), most))
 
 
 @dataclass(frozen=True)

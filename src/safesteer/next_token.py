@@ -140,10 +140,7 @@ class NextTokenReader:
 
     def copies(self, batch: Batch) -> int:
         """How often a small batch may be repeated to fill a pass: beyond, tokens cost what they cost."""
-        rows, tokens = batch.input_ids.shape
-        enough = _FULL_PASSES * self._pass_tokens
-        # In rows it is bounded by the batch size, which is halved when memory runs out.
-        return max(1, min(enough // (rows * tokens), _FULL_PASSES * self.batch_size // rows))
+        return max(1, _FULL_PASSES * self._pass_tokens // batch.input_ids.numel())
 
     def hidden(self, batch: Batch, positions: int = 1) -> Tensor:
         """Run the backbone, on the whole batch at once: hooks on the model may hold tensors of its size.
