@@ -11,9 +11,10 @@ from tiny_models import tiny_model
 
 @pytest.mark.parametrize("shape", [(1, 8), (5, 8), (6, 1, 8), (2, 4, 8), (65, 8), (0, 8)])
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_it_is_linear(shape: tuple[int, ...], with_bias: bool) -> None:
-    rows, weight = torch.randn(shape).double(), torch.randn(10_000, 8).double()
-    bias = torch.randn(10_000).double() if with_bias else None
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_it_is_linear(shape: tuple[int, ...], with_bias: bool, dtype: torch.dtype) -> None:
+    rows, weight = torch.randn(shape, dtype=dtype), torch.randn(10_000, 8, dtype=dtype)
+    bias = torch.randn(10_000, dtype=dtype) if with_bias else None
     found = few_rows_linear(rows, weight, bias)
     assert found.is_contiguous()
     torch.testing.assert_close(found, nn.functional.linear(rows, weight, bias))

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -13,7 +14,7 @@ _BLOCK = 8_192
 
 
 def few_rows_linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Compute what `torch.nn.functional.linear` computes, in the faster order.
+    """Compute what `torch.nn.functional.linear` computes, in the faster order where that has been measured: in float32.
 
     Args:
         rows: [..., H].
@@ -24,7 +25,8 @@ def few_rows_linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) ->
         [..., V].
     """
     count = rows.numel() // max(1, rows.shape[-1])
-    if rows.device.type != "cpu" or count not in _FEW or weight.shape[0] < _BLOCK:
+    measured = rows.device.type == "cpu" and rows.dtype == weight.dtype == torch.float32
+    if not measured or count not in _FEW or weight.shape[0] < _BLOCK:
         return nn.functional.linear(rows, weight, bias)
     columns = rows.reshape(count, -1).mT
     product = rows.new_empty(count, weight.shape[0])
@@ -41,8 +43,8 @@ def quick_head(model: nn.Module) -> Iterator[None]:
     """Let `model.generate` compute its logits by `few_rows_linear` for the length of a block.
 
     Args:
-        model: A causal language model, also under a `PeftModel`. Nothing is changed where it is not on a CPU, or its head
-            is not a plain linear layer.
+        model: A causal language model, without a wrapper. Nothing is changed where it is not on a CPU, or its head is not a
+            plain linear layer.
     """
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     if type(head) is not nn.Linear or head.weight.device.type != "cpu" or "forward" in vars(head):

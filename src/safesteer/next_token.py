@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from safesteer.chat import Chat, end_of_turn_ids, left_pad
 from safesteer.few_rows import quick_head
-from safesteer.modeling import backbone, evaluation_flags, language_head
+from safesteer.modeling import backbone, evaluation_flags, language_head, unwrapped
 from safesteer.out_of_memory import InParts
 from safesteer.sampling import sampling_options
 
@@ -191,7 +191,7 @@ class NextTokenReader:
             )
             return output[:, batch.input_ids.shape[1] :]
 
-        with quick_head(self.model):
+        with quick_head(unwrapped(self.model)):
             return torch.stack(self._in_parts(continued, range(len(batch.input_ids))))
 
 
