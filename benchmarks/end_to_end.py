@@ -31,9 +31,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from safesteer.chat import Chat, left_pad
 from safesteer.console import RunConsole
-from safesteer.direction import DirectionSettings, refusal_score
+from safesteer.direction import DirectionSettings
 from safesteer.direction_prompts import sampled_prompts
+from safesteer.direction_scores import CandidateScorer, mean_layer_inputs
 from safesteer.loading import load_tokenizer
+from safesteer.next_token import NextTokenReader, no_progress
 from safesteer.pipeline import align
 from safesteer.prompts import PromptSet, load_prompts
 from safesteer.recipes import build_settings
@@ -47,9 +49,10 @@ DIRECTION: dict[str, Any] = {
     "max_kl": 10.0,
     "train_harmful": 64,
     "train_harmless": 64,
-    "validation_harmful": 32,
-    "validation_harmless": 32,
+    "validation_harmful": 24,
+    "validation_harmless": 24,
 }
+KINDS = ("harmful", "harmless")
 SAMPLES, HORIZON, SIZE, VOTES, BATCH, STEPS = 2, 7, 50, 200, 32, 4
 SEED = 42
 OPTIMIZER = "paged_adamw_8bit"  # of bitsandbytes, for all weights on a GPU
@@ -124,13 +127,13 @@ def make_model(folder: Path, shape: str, device: str) -> None:
 def middling_induction(model: PreTrainedModel, chat: Chat) -> float:
     """The mean induction of the candidates at the last position."""
     samples = sampled_prompts(prompts_of("harmful"), prompts_of("harmless"), DirectionSettings(**DIRECTION))
-    brute = BruteForce(model, chat, OPENERS, batch=32)
-    vectors = brute.means(samples["train_harmful"], 1) - brute.means(samples["train_harmless"], 1)
-    scores = []
-    for layer, vector in enumerate(vectors[1:, 0].to(model.dtype), start=1):
-        with edited([brute.layers[layer]], lambda hidden, v=vector: hidden + v, inputs=True):
-            scores.append(refusal_score(brute.logits(samples["validation_harmless"]), OPENERS).mean())
-    return float(torch.stack(scores).mean())
+    reader, layers = NextTokenReader(model, chat, 32), list(model.model.layers)
+    with torch.no_grad():
+        harmful, harmless = (mean_layer_inputs(reader, layers, samples[f"train_{k}"], 1) for k in KINDS)
+        scorer = CandidateScorer(reader, layers, OPENERS, *(samples[f"validation_{k}"] for k in KINDS))
+        vectors = (harmful - harmless)[:, 0].float()
+        scores = scorer.induction({(i, -1): v for i, v in enumerate(vectors) if i}, no_progress)
+    return sum(scores.values()) / len(scores)
 
 
 def dtype_on(device: str) -> torch.dtype:
