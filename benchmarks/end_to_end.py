@@ -8,7 +8,7 @@ The reference holds two full models, searches directions by brute force with log
 (`direction_search.BruteForce`), keeps [samples, H, V] log-ratios, and trains on a dense loss.
 
 Random weights refuse nothing, so openers are given, and the bar of the search's first test is the mean of the candidates at
-the last position, alike for both: so about half of the candidates pass.
+the last position, alike for both: so some candidates pass and others do not.
 """
 
 import argparse
