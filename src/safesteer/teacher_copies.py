@@ -12,9 +12,36 @@ from typing import Any
 import torch
 from torch import nn
 
+from safesteer.choices import TeacherCopy
+from safesteer.errors import SafeSteerError
 from safesteer.int8_linear import Int8Linear
 from safesteer.layer_offload import LayerOffload, host_copy
 from safesteer.modeling import decoder_layers
+
+
+def copy_of_kind(
+    kind: TeacherCopy, model: nn.Module, device: torch.device, layer_path: str | None, *, sharded: bool
+) -> nn.Module:
+    """Copy a model: whole, offloaded or quantized.
+
+    Args:
+        kind: Of copy.
+        model: A causal language model; it is left as it is.
+        device: Where it runs.
+        layer_path: Where the decoder layers are, if they cannot be found.
+        sharded: Whether FSDP or DeepSpeed divides it among devices.
+
+    Raises:
+        SafeSteerError: If a copy of that kind cannot be made of a model that is divided.
+    """
+    if kind == "same":
+        return copy.deepcopy(model)
+    if sharded or len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
+        raise SafeSteerError(
+            f"teacher_copy {kind} cannot be made of a model that FSDP, DeepSpeed or a device map divides "
+            "among devices; leave it at same, which divides the copy too."
+        )
+    return offloaded_copy(model, device, layer_path) if kind == "cpu" else quantized_copy(model, layer_path)
 
 
 def offloaded_copy(model: nn.Module, device: torch.device, layer_path: str | None = None) -> nn.Module:

@@ -40,7 +40,7 @@ from safesteer.teacher import (
     Teacher,
     completion_hidden_states,
 )
-from safesteer.teacher_copies import offloaded_copy, quantized_copy
+from safesteer.teacher_copies import copy_of_kind
 from safesteer.teacher_ema import EmaTeacher, load_teacher, save_teacher
 from safesteer.trainable_layers import adapter_from, freeze_below, remove_adapters_below
 from safesteer.trainer_callbacks import (
@@ -212,22 +212,8 @@ class SafeSteerTrainer(DistillationTrainer):  # type: ignore[misc, unused-ignore
             SafeSteerError: If a copy of the kind that `teacher_copy` asks for cannot be made of this model.
         """
         kind = self.args.teacher_copy
-        if kind != "same" and (
-            self.is_deepspeed_enabled
-            or self.is_fsdp_enabled
-            or len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1
-        ):
-            raise SafeSteerError(
-                f"teacher_copy {kind} cannot be made of a model that FSDP, DeepSpeed or a device map divides "
-                "among devices; leave it at same, which divides the copy too."
-            )
-        second: Any
-        if kind == "cpu":
-            second = offloaded_copy(model, self.accelerator.device, self._layer_path)
-        elif kind == "int8":
-            second = quantized_copy(model, self._layer_path)
-        else:
-            second = copy.deepcopy(model)
+        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        second: Any = copy_of_kind(kind, model, self.accelerator.device, self._layer_path, sharded=sharded)
         if isinstance(second, PeftModel) and not with_adapter:
             # Off for good; PEFT's unload() would keep modules that the adapter has replaced and trained.
             base: Any = second.base_model
