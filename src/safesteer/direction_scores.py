@@ -237,10 +237,7 @@ class CandidateScorer:
         return adding
 
     def _together(
-        self,
-        candidates: Mapping[Candidate, Tensor],
-        batch: Batch,
-        edit: _Edit,
+        self, candidates: Mapping[Candidate, Tensor], batch: Batch, edit: _Edit
     ) -> Iterator[tuple[Candidate, Tensor]]:
         """Run a batch once per candidate, as many of them in one pass as fill it or as memory allows.
 
