@@ -56,6 +56,7 @@ def test_golden_trajectory(tmp_path: Path) -> None:
         tmp_path,
         cls=tiny.FixedResponses,
         anchor_fraction=0.25,
+        train_layers="all",
         max_steps=4,
         optim="sgd",
         learning_rate=2.0,

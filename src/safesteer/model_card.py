@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 import safesteer
+from safesteer.choices import from_steered_layer
 from safesteer.direction import RefusalDirection
 from safesteer.safety_tokens import SafetyTokens
 from safesteer.workspace import Workspace
@@ -55,6 +56,10 @@ def model_card(
     prompts = "\n".join(
         f"| {role} | {len(prompts.prompts)} | `{prompts.fingerprint[:16]}` |" for role, prompts in sources
     )
+    only_upper = from_steered_layer(
+        distillation.train_layers, distillation.teacher, distillation.refresh_steps
+    )
+    layers = f"from {direction.layer} on" if only_upper else "all"
     words = ", ".join(f"`{token.text!r}`" for token in tokens.tokens[:20])
     revision = f", revision `{base.revision}`" if base.revision else ""
     flips = (
@@ -78,8 +83,7 @@ requests by localized on-policy distillation from a copy of itself that is steer
   {direction.coefficient:g}; turned into refusals of what the base model answered: {flips}.
 - **Safety tokens**: {len(tokens.tokens)}, first {words}.
 - **Divergence**: `{distillation.support}` over `{distillation.vocabulary}`, beta {distillation.beta:g};
-  harmless anchors {distillation.anchor_fraction:.0%} of each batch; layers trained:
-  {distillation.train_layers}.
+  harmless anchors {distillation.anchor_fraction:.0%} of each batch; layers trained: {layers}.
 
 | prompts | number | fingerprint |
 |---|---|---|

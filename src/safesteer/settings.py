@@ -135,7 +135,9 @@ class DistillationSettings:
         0.5, "Share of each batch that is harmless, with the unsteered base as teacher."
     )
     train_layers: TrainLayers = setting(
-        "all", "Which layers are trained; from_steered leaves those below the steered one alone."
+        "auto",
+        "Which layers are trained; from_steered leaves those below the steered one alone, auto does so where "
+        "the teacher is steered at one layer throughout.",
     )
     ema_rate: float = setting(0.01, "Teacher ema: share of the student taken over after each step.")
     refresh_steps: int = setting(

@@ -8,12 +8,43 @@ import copy
 import re
 from typing import Any, cast
 
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from safesteer.choices import from_steered_layer
 from safesteer.errors import SafeSteerError
 from safesteer.modeling import backbone, decoder_layers, language_head
+from safesteer.steering import Steering
+from safesteer.trainer_config import SafeSteerConfig
+
+
+def first_trained_layer(
+    model: nn.Module, args: SafeSteerConfig, steering: Steering | None, peft_config: PeftConfig | None
+) -> int | None:
+    """Return the index of the first layer to train, which is the steered one; None to train all there is.
+
+    Args:
+        model: The model as it was given.
+        args: For `train_layers`; auto leaves alone what cannot be restricted: an adapter that the model has already, one of
+            another kind than LoRA, or one that was asked for on lower layers only.
+        steering: The teacher's steering, if it is steered.
+        peft_config: The adapter asked for.
+    """
+    if steering is None or not from_steered_layer(args.train_layers, args.teacher, args.refresh_steps):
+        return None
+    if args.train_layers == "auto" and (
+        isinstance(model, PeftModel)
+        or not (peft_config is None or hasattr(peft_config, "exclude_modules"))
+        or _asks_below_only(peft_config, steering.layer)
+    ):
+        return None
+    return steering.layer
+
+
+def _asks_below_only(config: PeftConfig | None, layer: int) -> bool:
+    asked = getattr(config, "layers_to_transform", None)
+    return asked is not None and max([asked] if isinstance(asked, int) else asked) < layer
 
 
 def freeze_below(model: nn.Module, layer: int, layer_path: str | None = None) -> None:
@@ -75,10 +106,9 @@ def adapter_from(
             f"train_layers from_steered cannot restrict a {type(config).__name__}; use a LoraConfig or "
             "train all layers."
         )
-    asked = getattr(restricted, "layers_to_transform", None)
-    if asked is not None and max([asked] if isinstance(asked, int) else asked) < layer:
+    if _asks_below_only(restricted, layer):
         raise SafeSteerError(
-            f"the adapter's layers_to_transform {asked} leave none from the steered layer {layer} on; "
+            f"the adapter's layers_to_transform {restricted.layers_to_transform} leave none from the steered layer {layer} on; "
             "widen them or set train_layers to all."
         )
     if layer == 0:

@@ -42,7 +42,12 @@ from safesteer.teacher import (
 )
 from safesteer.teacher_copies import copy_of_kind
 from safesteer.teacher_ema import EmaTeacher, load_teacher, save_teacher
-from safesteer.trainable_layers import adapter_from, freeze_below, remove_adapters_below
+from safesteer.trainable_layers import (
+    adapter_from,
+    first_trained_layer,
+    freeze_below,
+    remove_adapters_below,
+)
 from safesteer.trainer_callbacks import (
     FiniteGradients,
     ProbeCallback,
@@ -116,12 +121,12 @@ class SafeSteerTrainer(DistillationTrainer):  # type: ignore[misc, unused-ignore
         check_fit(
             model, args, steering, peft_config, has_refresh=refresh is not None, has_probe=probe is not None
         )
-        if args.train_layers == "from_steered":
-            assert steering is not None
+        self._first_layer = first_trained_layer(model, args, steering, peft_config)
+        if self._first_layer is not None:
             if peft_config is not None:
-                peft_config = adapter_from(peft_config, model, steering.layer, layer_path)
+                peft_config = adapter_from(peft_config, model, self._first_layer, layer_path)
             else:
-                freeze_below(model, steering.layer, layer_path)
+                freeze_below(model, self._first_layer, layer_path)
         args = copy.copy(args)
         batch_size = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
         if args.max_steps <= 0:
@@ -144,8 +149,8 @@ class SafeSteerTrainer(DistillationTrainer):  # type: ignore[misc, unused-ignore
             peft_config=peft_config,
             callbacks=[FiniteGradients(), *callbacks],
         )
-        if steering is not None and args.train_layers == "from_steered" and peft_config is not None:
-            remove_adapters_below(self.model, steering.layer, layer_path)
+        if self._first_layer is not None and peft_config is not None:
+            remove_adapters_below(self.model, self._first_layer, layer_path)
         self.set_token_ids(safety_tokens.ids if isinstance(safety_tokens, SafetyTokens) else safety_tokens)
         self.teacher = self._make_teacher(steering, harmful)
         self._lower_layers = LowerLayers(self._shared_layers(), layer_path)
@@ -198,12 +203,13 @@ class SafeSteerTrainer(DistillationTrainer):  # type: ignore[misc, unused-ignore
 
     def _shared_layers(self) -> int:
         """Count the layers on which teacher and student agree throughout training, to compute them once."""
-        if self.args.train_layers == "all" or not self.args.share_lower_layers or not can_share(self.model):
+        if self._first_layer is None or not self.args.share_lower_layers or not can_share(self.model):
             return 0
-        teacher = self.teacher
-        if isinstance(teacher, EmaTeacher) or not isinstance(teacher, AdapterOffTeacher | FrozenCopyTeacher):
+        if isinstance(self.teacher, EmaTeacher) or not isinstance(
+            self.teacher, AdapterOffTeacher | FrozenCopyTeacher
+        ):
             return 0  # another direction later, or another prompt
-        return 0 if teacher.steering is None else teacher.steering.layer
+        return self._first_layer
 
     def _copy(self, model: nn.Module, with_adapter: bool = True) -> nn.Module:
         """Copy the model and prepare the copy for FSDP or DeepSpeed, as TRL prepares its teacher.

@@ -113,10 +113,11 @@ class SafeSteerConfig(DistillationConfig):  # type: ignore[misc, unused-ignore]
         metadata={"help": "Share of each step that is harmless prompts, taught by the unsteered base model."},
     )
     train_layers: TrainLayers = field(
-        default="all",
+        default="auto",
         metadata={
             "help": "all, or from_steered: only the layers from the steered one on (with the final norm, "
-            "and the head unless it is tied to the embeddings, in full fine-tuning)."
+            "and the head unless it is tied to the embeddings, in full fine-tuning). auto: from_steered where the "
+            "teacher is steered at one layer throughout and the adapter is not there already."
         },
     )
     share_lower_layers: bool = field(

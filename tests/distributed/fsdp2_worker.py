@@ -55,6 +55,7 @@ def _trainer(folder: Path, variant: str) -> SafeSteerTrainer:
         per_device_train_batch_size=2 // tiny.settings(folder).world_size,
         gradient_accumulation_steps=1 if variant == "sampled" else 2,
         anchor_fraction=0.5,
+        train_layers="all" if variant in ("tied", "lora-head") else "from_steered",
         max_steps=2,
         warmup_steps=0,
         save_strategy="steps",
