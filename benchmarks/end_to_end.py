@@ -183,6 +183,7 @@ def ours(folder: Path, completion: int, full: bool, device: str) -> None:
                 "max_completion_length": completion,
                 "probe_steps": 0,
                 "checkpoint_steps": 0,
+                "train_layers": "all",  # as the reference does; depth.py has what the default saves
                 "lora": not full,
                 **(all_weights if full else {}),
             },
