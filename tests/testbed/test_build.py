@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from safesteer.chat import Chat
 from safesteer.loading import load_model, load_tokenizer
@@ -48,6 +49,15 @@ def test_a_build_can_begin_with_other_weights(tmp_path: Path) -> None:
     for name, tensor in load_file(found / "model.safetensors").items():
         torch.testing.assert_close(tensor, expected[name], rtol=0, atol=0)
     assert (found / "tokenizer.json").read_text() == (first / "tokenizer.json").read_text()
+
+
+def test_a_build_can_compile_the_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not really, that needs a compiler and half a minute: they are asked to, and their weights keep their names."""
+    asked: list[str] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **_: asked.append(type(self).__name__))
+    folder = build(tmp_path, None, TINY, compiled=True)
+    assert asked == ["Qwen3DecoderLayer"] * TINY.layers
+    assert load_model(str(folder), device="cpu").num_parameters()
 
 
 def test_a_built_testbed_loads_as_any_chat_model(tmp_path: Path) -> None:

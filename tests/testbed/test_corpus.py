@@ -1,6 +1,7 @@
 """The training stream: reproducible by index, labels where they belong, no held-out prompt in it."""
 
 import random
+from dataclasses import replace
 
 import torch
 
@@ -65,3 +66,16 @@ def test_the_mixture_is_what_is_drawn() -> None:
     natural = sum(chat.loss_on_prompt for chat in drawn) / len(drawn)
     m = Mixture()
     assert abs(natural - m.prompt_loss * (m.harmful + m.harmless + m.alarming)) < 0.015
+
+
+def test_gaps_take_the_place_of_words() -> None:
+    def prompts(gaps: float, share: float) -> list[str]:
+        stream = ChatStream(replace(Mixture(), vary=0.0, gaps=gaps, gap_words=share))
+        rng = random.Random(1)
+        return [stream.request("harmful", rng).prompt for _ in range(300)]
+
+    assert not any("_" in prompt.split() for prompt in prompts(0.0, 0.5))
+    assert all(set(prompt.split()) == {"_"} for prompt in prompts(1.0, 1.0))
+    words = [word for prompt in prompts(1.0, 0.2) for word in prompt.split()]
+    assert 0.15 < words.count("_") / len(words) < 0.25
+    assert 0.2 < sum("_" in prompt.split() for prompt in prompts(0.3, 1.0)) / 300 < 0.4

@@ -3,6 +3,7 @@
 import itertools
 import random
 from collections import Counter
+from importlib.resources import as_file, files
 
 import pytest
 
@@ -18,8 +19,10 @@ from safesteer.testbed.requests import (
     content_words,
     load_requests,
     phrase,
+    read_sources,
     similarity,
     split_without_near_duplicates,
+    unlike,
 )
 
 
@@ -72,6 +75,26 @@ def test_only_eligible_texts_are_held_out() -> None:
     )
     assert [split != "train" for split in assigned] == eligible
     assert all(request.act for split in ("validation", "test") for request in load_requests("harmful", split))
+
+
+def test_what_is_unlike_the_held_out_ones_is_kept() -> None:
+    def acts(*texts: str) -> list[Request]:
+        return [Request(f"How do I {text}?", "harmful", "theft", "question", text) for text in texts]
+
+    near, far = acts("steal a red bicycle", "steal a library book")
+    assert unlike([near, far], acts("steal a blue bicycle", "bake bread")) == [far]
+    assert unlike([near, far], []) == [near, far]
+
+
+def test_what_was_written_after_the_deal_is_for_training_alone() -> None:
+    with as_file(files("safesteer.testbed") / "prompts") as folder:
+        later = read_sources(folder, random.Random(0), "_later")
+    for kind in KINDS:
+        written = {request.act or request.prompt for request in later if request.kind == kind}
+        assert len(written) > 1_000
+        of = {split: {r.act or r.prompt for r in load_requests(kind, split)} for split in SPLITS}
+        assert len(written & of["train"]) > 0.95 * len(written)
+        assert not written & (of["validation"] | of["test"])
 
 
 def test_held_out_requests_have_only_words_that_training_has() -> None:

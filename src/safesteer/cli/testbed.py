@@ -40,6 +40,12 @@ def build(
     steps: Annotated[
         int | None, typer.Option("--steps", help="Optimizer steps instead of the recipe's.")
     ] = None,
+    compiled: Annotated[
+        bool,
+        typer.Option(
+            "--compile", help="Compile the layers first: half the time a step. Needs a C++ compiler on a CPU."
+        ),
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Train the testbed. Takes an hour or two on two cores; run the same command again to continue."""
@@ -47,4 +53,4 @@ def build(
         from safesteer.testbed.build import BuildSettings, build
 
         settings = BuildSettings() if steps is None else BuildSettings(steps=steps)
-        typer.echo(f"The testbed is in {build(output, data_dir, settings, start)}")
+        typer.echo(f"The testbed is in {build(output, data_dir, settings, start, compiled)}")

@@ -28,18 +28,18 @@ _WORDS = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+"
 class BuildSettings:
     """The recipe of the committed weights."""
 
-    steps: int = 10_000
+    steps: int = 7_500
     batch_size: int = 32
-    learning_rate: float = 2e-3
+    learning_rate: float = 1.5e-3
     warmup_steps: int = 100
-    decay_share: float = 0.5
+    decay_share: float = 0.85
     weight_decay: float = 0.1
     vocabulary: int = 3_072
     hidden_size: int = 160
     intermediate_size: int = 448
     layers: int = 6
     heads: int = 5
-    seed: int = 1
+    seed: int = 4
     mixture: Mixture = field(default_factory=Mixture)
 
 
@@ -113,6 +113,7 @@ def build(
     data_dir: Path | None,
     settings: BuildSettings | None = None,
     start: Path | None = None,
+    compiled: bool = False,
     **trainer_args: Any,
 ) -> Path:
     """Train the testbed into `output`/model, continuing from `output`/checkpoints where there are any.
@@ -122,6 +123,7 @@ def build(
         data_dir: folder with the real prompts of `corpus.REAL_PROMPTS`; None trains on the project's own alone.
         settings: the recipe.
         start: weights and tokenizer to begin with, instead of random weights and a new tokenizer.
+        compiled: compile the decoder layers; a step takes about half the time. On a CPU this needs a C++ compiler.
         trainer_args: further `transformers.TrainingArguments`.
 
     Returns:
@@ -139,6 +141,9 @@ def build(
         model = Qwen3ForCausalLM.from_pretrained(start, dtype=torch.float32)
     # Rows of some 40 tokens: on a CPU the fused kernel takes a tenth longer.
     model.set_attn_implementation("eager")
+    if compiled:
+        for layer in model.model.layers:
+            layer.compile(dynamic=True)
     batches = ChatBatches(stream, tokenizer, settings.steps, settings.batch_size, settings.seed)
     arguments = {
         "output_dir": str(output / "checkpoints"),

@@ -7,7 +7,7 @@ import json
 import random
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -75,20 +75,24 @@ _SETTINGS = (
 class Mixture:
     """Shares of the chats in a batch, and how prompts are varied so that the notion of harm is in the words."""
 
-    harmful: float = 0.24
-    harmless: float = 0.17
-    alarming: float = 0.13
-    judgement: float = 0.24
-    harm_kind: float = 0.06
-    skills: float = 0.16
+    harmful: float = 0.33
+    harmless: float = 0.21
+    alarming: float = 0.16
+    judgement: float = 0.15
+    harm_kind: float = 0.08
+    skills: float = 0.07
     # Of the requests of each kind, the share that is real, and that is composed from parts; the rest is the project's own.
     real: dict[str, float] = field(
-        default_factory=lambda: {"harmful": 0.15, "harmless": 0.45, "alarming": 0.0}
+        default_factory=lambda: {"harmful": 0.10, "harmless": 0.40, "alarming": 0.0}
     )
     composed: dict[str, float] = field(
-        default_factory=lambda: {"harmful": 0.25, "harmless": 0.20, "alarming": 0.25}
+        default_factory=lambda: {"harmful": 0.20, "harmless": 0.15, "alarming": 0.20}
     )
     vary: float = 0.3
+    # Share of requests with gaps, and of the words of one that a gap takes the place of: what no single word gives away is
+    # learnt from what is left, and a request is less easily learnt by heart.
+    gaps: float = 0.15
+    gap_words: float = 0.1
     # Share of requests whose own words are learnt too. They teach what words mean, but outnumber and drown the one token
     # that decides between refusal and compliance.
     prompt_loss: float = 0.1
@@ -143,11 +147,15 @@ class ChatStream:
         self.skills = [skill for skill in SKILLS if skill.weight]
 
     def request(self, kind: Kind, rng: random.Random) -> Request:
-        """One request of `kind`: real or own, rephrased and varied at random."""
+        """One request of `kind`: real, composed or own, rephrased and varied at random."""
+        return self._with_gaps(self._varied(self._drawn(kind, rng), rng), rng)
+
+    def _drawn(self, kind: Kind, rng: random.Random) -> Request:
+        """One request of `kind`, rephrased at random."""
         real = self.real.get(kind, [])
         source = rng.random()
         if source < self.mixture.composed[kind]:
-            return self._varied(self._composed(kind, rng), rng)
+            return self._composed(kind, rng)
         if real and source < self.mixture.composed[kind] + self.mixture.real[kind]:
             drawn = rng.choice(real)
             act = act_of(drawn.prompt)
@@ -155,11 +163,11 @@ class ChatStream:
             drawn = rng.choice(self.own[kind])
             act = drawn.act
             if kind == "alarming" and rng.random() < 0.2:
-                return self._varied(framed(self._act(rng), rng), rng)
+                return framed(self._act(rng), rng)
         if act and rng.random() < (1.0 if kind == "harmful" else 0.5):
             phrasing = phrasing_of(act, rng)
             drawn = Request(phrase(act, phrasing, rng), kind, drawn.category, phrasing, act)
-        return self._varied(drawn, rng)
+        return drawn
 
     def _act(self, rng: random.Random) -> str:
         """One of the project's own harmful acts."""
@@ -199,7 +207,14 @@ class ChatStream:
                 if len(words) > 6:
                     del words[rng.randrange(len(words))]
                 prompt = " ".join(words)
-        return Request(prompt, request.kind, request.category, request.phrasing, request.act)
+        return replace(request, prompt=prompt)
+
+    def _with_gaps(self, request: Request, rng: random.Random) -> Request:
+        """Blank some words."""
+        if rng.random() >= self.mixture.gaps:
+            return request
+        words = ["_" if rng.random() < self.mixture.gap_words else word for word in request.prompt.split(" ")]
+        return replace(request, prompt=" ".join(words))
 
     def chat(self, rng: random.Random) -> Chat:
         """Draw one chat."""

@@ -289,28 +289,52 @@ def _write(path: Path, requests: Iterable[Request]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def make_splits(folder: Path, seed: int = 0) -> None:
-    """Write the nine split files from the project's sources in `folder` (harmful.txt, harmless.jsonl, alarming.jsonl)."""
-    rng = random.Random(seed)
-    harmful = []
-    for category, act in read_acts((folder / "harmful.txt").read_text(encoding="utf-8")):
+def read_sources(folder: Path, rng: random.Random, suffix: str = "") -> list[Request]:
+    """The project's requests of all kinds as they were written: harmful.txt, harmless.jsonl and alarming.jsonl in `folder`.
+
+    Args:
+        folder: Where they are.
+        rng: Draws the phrasing of harmful acts.
+        suffix: Of the files' names: "_later" for what was written after the deal.
+    """
+    requests = []
+    for category, act in read_acts((folder / f"harmful{suffix}.txt").read_text(encoding="utf-8")):
         if act.startswith("= "):
             prompt = act.removeprefix("= ")
-            harmful.append(Request(prompt, "harmful", category, phrasing_in(prompt)))
+            requests.append(Request(prompt, "harmful", category, phrasing_in(prompt)))
             continue
         family = phrasing_of(act, rng)
-        harmful.append(Request(phrase(act, family, rng), "harmful", category, family, act))
-    pools: dict[Kind, list[Request]] = {"harmful": harmful}
-    for kind, key in (("harmless", "topic"), ("alarming", "kind")):
-        rows = [
-            json.loads(line) for line in (folder / f"{kind}.jsonl").read_text(encoding="utf-8").splitlines()
-        ]
-        pools[kind] = [  # type: ignore[index]
-            Request(row["prompt"], kind, row[key], phrasing_in(row["prompt"]), act_of(row["prompt"]) or "")  # type: ignore[arg-type]
-            for row in rows
-        ]
+        requests.append(Request(phrase(act, family, rng), "harmful", category, family, act))
+    kinds: tuple[tuple[Kind, str], ...] = (("harmless", "topic"), ("alarming", "kind"))
+    for kind, key in kinds:
+        for line in (folder / f"{kind}{suffix}.jsonl").read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            prompt = row["prompt"]
+            requests.append(Request(prompt, kind, row[key], phrasing_in(prompt), act_of(prompt) or ""))
+    return requests
+
+
+def unlike(requests: Sequence[Request], held_out: Iterable[Request], threshold: float = 0.5) -> list[Request]:
+    """Those of `requests` that are no near-duplicates of one in `held_out`."""
+    by_word: dict[str, list[frozenset[str]]] = {}
+    for bag in (content_words(r.act or r.prompt) for r in held_out):
+        for word in bag:
+            by_word.setdefault(word, []).append(bag)
+
+    def alike(bag: frozenset[str]) -> bool:
+        return any(similarity(bag, other) >= threshold for word in bag for other in by_word.get(word, ()))
+
+    return [r for r in requests if not alike(content_words(r.act or r.prompt))]
+
+
+def make_splits(folder: Path, seed: int = 0) -> None:
+    """Write the nine split files from the project's sources in `folder`.
+
+    What was written after the deal is for training only, so that the held-out requests stay as they were.
+    """
+    rng = random.Random(seed)
     # One deal over all kinds, so that no alarming request has a harmful twin in another split either.
-    everything = [request for kind in KINDS for request in pools[kind]]
+    everything = read_sources(folder, rng)
     assigned = split_without_near_duplicates(
         [r.act or r.prompt for r in everything],
         [r.kind for r in everything],
@@ -318,9 +342,12 @@ def make_splits(folder: Path, seed: int = 0) -> None:
         seed,
         eligible=[r.kind != "harmful" or bool(r.act) for r in everything],
     )
+    dealt = {split: [r for r, s in zip(everything, assigned, strict=True) if s == split] for split in SPLITS}
+    later = read_sources(folder, rng, "_later")
+    dealt["train"] += unlike(later, dealt["validation"] + dealt["test"])
     for kind in KINDS:
         for split in SPLITS:
-            chosen = [r for r, s in zip(everything, assigned, strict=True) if r.kind == kind and s == split]
+            chosen = [r for r in dealt[split] if r.kind == kind]
             random.Random(seed).shuffle(chosen)
             _write(folder / f"{kind}_{split}.jsonl", chosen)
 

@@ -235,6 +235,8 @@ def _word_order(rng: random.Random, split: Split) -> tuple[str, str]:
             return _pick(rng, templates, w=" ".join(words)), " ".join(reversed(words))
 
 
+# Most ask after the request: the words of a request are then read as they are when nothing is asked, so that what the model
+# learns of harm here is there when it decides whether to refuse.
 JUDGEMENTS: tuple[tuple[str, str, str], ...] = (
     ("Is this request harmful? {}", "Yes, it is harmful.", "No, it is harmless."),
     ("Is it safe to help with this? {}", "No, it is harmful.", "Yes, it is harmless."),
@@ -242,6 +244,11 @@ JUDGEMENTS: tuple[tuple[str, str, str], ...] = (
     ("Label the following request as harmful or harmless. {}", "Harmful.", "Harmless."),
     ("Somebody asked: {} Could an answer hurt people?", "Yes, it is harmful.", "No, it is harmless."),
     ("{} Is that a harmful thing to ask?", "Yes, it is harmful.", "No, it is harmless."),
+    ("{} Harmful or harmless?", "Harmful.", "Harmless."),
+    ("{} Is this harmful?", "Yes, it is harmful.", "No, it is harmless."),
+    ("{} Is it safe to help with that?", "No, it is harmful.", "Yes, it is harmless."),
+    ("{} Label this request as harmful or harmless.", "Harmful.", "Harmless."),
+    ("{} Could helping with that hurt somebody?", "Yes, it is harmful.", "No, it is harmless."),
 )
 
 
@@ -254,6 +261,7 @@ def judgement(request: Request, rng: random.Random) -> tuple[str, str]:
 HARM_KINDS: tuple[str, ...] = (
     "Which kind of harm could this request do? {}",
     "{} Name the kind of harm, or none.",
+    "{} What harm could that do?",
 )
 
 
