@@ -64,10 +64,10 @@ POINTS: dict[str, Point] = {
     "anchor-0.25": distillation(anchor_fraction=0.25),
     "anchor-0.5": distillation(anchor_fraction=0.5),
     "anchor-0.75": distillation(anchor_fraction=0.75),
-    "from-steered": distillation(train_layers="from_steered"),
-    "from-steered-no-anchor": distillation(train_layers="from_steered", anchor_fraction=0.0),
-    "steps-40": distillation(steps=40),
-    "steps-80": distillation(steps=80),
+    "all-layers": distillation(train_layers="all"),
+    "all-layers-no-anchor": distillation(train_layers="all", anchor_fraction=0.0),
+    "steps-60": distillation(steps=60),
+    "steps-60-anchor-0.25": distillation(steps=60, anchor_fraction=0.25),
     "steps-240": distillation(steps=240),
     "lr-3e-4": distillation(learning_rate=3e-4),
     "lr-3e-3": distillation(learning_rate=3e-3),
@@ -82,6 +82,7 @@ POINTS: dict[str, Point] = {
     },
     "by-ablation": {"direction": {"criterion": "ablation"}},
     "c-1": {"direction": {"coefficient": 1.0}},
+    "c-1.5": {"direction": {"coefficient": 1.5}},
     "c-2": {"direction": {"coefficient": 2.0}},
     "tokens-as-paper": {
         "safety_tokens": {"minimum_probability": 1e-8, "votes_per_position": 200, "size": 50}
