@@ -27,6 +27,7 @@ def run_settings(inputs: Path, output: Path, **sections: dict[str, Any]) -> Sett
             "safety_tokens": {"samples": 2, "size": 10},
             "distillation": {
                 "lora_rank": 2,
+                "train_layers": "all",  # above the planted model's first layer all weights, and so all gradients, are zero
                 "batch_size": 4,
                 "micro_batch_size": 4,
                 "steps": 4,

@@ -181,6 +181,7 @@ def test_loss_and_gradient_are_trls_over_the_whole_vocabulary(
         cls=tiny.FixedResponses,
         vocabulary="full",
         reduction="token",
+        train_layers="all",
         **common,
     )
     ours.teacher = FrozenCopyTeacher(other_model(kind), None)
