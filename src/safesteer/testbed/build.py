@@ -123,7 +123,7 @@ def build(
         data_dir: folder with the real prompts of `corpus.REAL_PROMPTS`; None trains on the project's own alone.
         settings: the recipe.
         start: weights and tokenizer to begin with, instead of random weights and a new tokenizer.
-        compiled: compile the decoder layers; a step takes about half the time. On a CPU this needs a C++ compiler.
+        compiled: compile the decoder layers; passes take a third less. On a CPU this needs a C++ compiler.
         trainer_args: further `transformers.TrainingArguments`.
 
     Returns:
