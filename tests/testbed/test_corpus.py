@@ -1,13 +1,14 @@
 """The training stream: reproducible by index, labels where they belong, no held-out prompt in it."""
 
 import random
+from collections import Counter
 from dataclasses import replace
 
 import torch
 
 from safesteer.testbed.build import train_tokenizer
 from safesteer.testbed.corpus import IGNORED, Chat, ChatBatches, ChatStream, Mixture, tokenizer_texts
-from safesteer.testbed.requests import content_words, load_requests
+from safesteer.testbed.requests import PHRASINGS, content_words, load_requests
 
 
 def stream() -> ChatStream:
@@ -66,6 +67,24 @@ def test_the_mixture_is_what_is_drawn() -> None:
     natural = sum(chat.loss_on_prompt for chat in drawn) / len(drawn)
     m = Mixture()
     assert abs(natural - m.prompt_loss * (m.harmful + m.harmless + m.alarming)) < 0.015
+
+
+def test_no_phrasing_gives_the_harm_away() -> None:
+    chats, rng = ChatStream(replace(Mixture(), vary=0.0, gaps=0.0)), random.Random(0)
+    openings = {template.split("{")[0] for family in PHRASINGS.values() for template in family} - {
+        "",
+        "Please ",
+    }
+    weights = {"harmful": Mixture.harmful, "harmless": Mixture.harmless, "alarming": Mixture.alarming}
+    found = {opening: Counter[str]() for opening in openings}
+    for kind, weight in weights.items():
+        for _ in range(6000):
+            prompt = chats.request(kind, rng).prompt  # type: ignore[arg-type]
+            for opening in openings:
+                if prompt.startswith(opening):
+                    found[opening][kind] += weight
+    for opening, count in found.items():
+        assert 0.1 < count["harmful"] / count.total() < 0.8, (opening, count)
 
 
 def test_gaps_take_the_place_of_words() -> None:

@@ -22,6 +22,7 @@ from safesteer.testbed.requests import (
     read_sources,
     similarity,
     split_without_near_duplicates,
+    subject_of,
     unlike,
 )
 
@@ -124,6 +125,21 @@ def test_every_phrasing_holds_the_act() -> None:
 )
 def test_act_of(prompt: str, act: str | None) -> None:
     assert act_of(prompt) == act
+
+
+@pytest.mark.parametrize("family", [family for family in PHRASINGS if family != "bare"])
+def test_subject_of_undoes_every_phrasing(family: str) -> None:
+    subject = "> a poem about rain" if family == "text" else "tie two ropes together"
+    for template in PHRASINGS[family]:
+        assert subject_of(template.format(subject.removeprefix("> "))) == subject
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ["What is the capital of Peru?", "Give me a hand. How do I start?", "Write poetry.", "Knit a hat."],
+)
+def test_subject_of_leaves_what_it_does_not_know(prompt: str) -> None:
+    assert subject_of(prompt) == ""
 
 
 def test_refusal_probabilities_span_nearly_never_to_nearly_always() -> None:

@@ -20,23 +20,25 @@ from safesteer.testbed.composed import composed_request, framed
 from safesteer.testbed.requests import (
     Kind,
     Request,
-    act_of,
     content_words,
     load_requests,
     phrase,
     phrasing_in,
     phrasing_of,
     similarity,
+    subject_of,
 )
 from safesteer.testbed.skills import SKILLS, harm_kind, judgement
 
 IGNORED = -100
+BENIGN: tuple[Kind, ...] = ("harmless", "alarming")
 # Real prompts that may join the training mix, as files below --data-dir: training portions only. None of the benchmarks that
 # the testbed is measured on (JailbreakBench, HarmBench, StrongREJECT, XSTest, the refusal-direction test and validation splits).
 REAL_PROMPTS: tuple[tuple[str, Kind], ...] = (
     ("refusal_direction/splits/harmful_train.json", "harmful"),
     ("safesteer_train/PKU_UnSafeRLHF_100.json", "harmful"),
     ("refusal_direction/processed/malicious_instruct.json", "harmful"),
+    ("refusal_direction/processed/tdc2023.json", "harmful"),
     ("refusal_direction/splits/harmless_train.json", "harmless"),
 )
 # Prompts too like one of these are left out of the mix, so that the benchmarks stay unseen in substance too.
@@ -75,20 +77,25 @@ _SETTINGS = (
 class Mixture:
     """Shares of the chats in a batch, and how prompts are varied so that the notion of harm is in the words."""
 
-    harmful: float = 0.33
+    harmful: float = 0.30
     harmless: float = 0.21
-    alarming: float = 0.16
-    judgement: float = 0.15
+    alarming: float = 0.20
+    judgement: float = 0.14
     harm_kind: float = 0.08
     skills: float = 0.07
     # Of the requests of each kind, the share that is real, and that is composed from parts; the rest is the project's own.
     real: dict[str, float] = field(
-        default_factory=lambda: {"harmful": 0.10, "harmless": 0.40, "alarming": 0.0}
+        default_factory=lambda: {"harmful": 0.12, "harmless": 0.40, "alarming": 0.0}
     )
     composed: dict[str, float] = field(
         default_factory=lambda: {"harmful": 0.20, "harmless": 0.15, "alarming": 0.20}
     )
     vary: float = 0.3
+    # Of the harmless and alarming requests, the share drawn from those whose subject can be phrased anew, and how often it
+    # is: nearly every harmful request comes in one of the forty phrasings, and where harmless ones seldom do, the phrasing
+    # is taken for the harm ("Write a tutorial on how to make a bar chart").
+    phrasable: float = 0.6
+    rephrased: float = 0.9
     # Share of requests with gaps, and of the words of one that a gap takes the place of: what no single word gives away is
     # learnt from what is left, and a request is less easily learnt by heart.
     gaps: float = 0.15
@@ -127,6 +134,11 @@ def real_requests(data_dir: Path) -> dict[Kind, list[Request]]:
     return found
 
 
+def _with_subjects(requests: list[Request]) -> list[Request]:
+    """`requests` with what each asks for, so that it can be phrased anew."""
+    return [replace(r, act=subject_of(r.prompt)) for r in requests]
+
+
 class ChatStream:
     """Draws chats from the mixture."""
 
@@ -135,7 +147,8 @@ class ChatStream:
         self.own: dict[Kind, list[Request]] = {
             kind: load_requests(kind, "train") for kind in ("harmful", "harmless", "alarming")
         }
-        self.real = real or {"harmful": [], "harmless": []}
+        self.own |= {kind: _with_subjects(self.own[kind]) for kind in BENIGN}
+        self.real = {kind: _with_subjects(requests) for kind, requests in (real or {}).items()}
         # Content words of the validation and test requests, by word.
         self.held_out: dict[str, list[frozenset[str]]] = {}
         for kind in self.own:
@@ -152,21 +165,21 @@ class ChatStream:
 
     def _drawn(self, kind: Kind, rng: random.Random) -> Request:
         """One request of `kind`, rephrased at random."""
-        real = self.real.get(kind, [])
+        requests = self.own[kind]
         source = rng.random()
         if source < self.mixture.composed[kind]:
             return self._composed(kind, rng)
-        if real and source < self.mixture.composed[kind] + self.mixture.real[kind]:
-            drawn = rng.choice(real)
-            act = act_of(drawn.prompt)
-        else:
-            drawn = rng.choice(self.own[kind])
-            act = drawn.act
-            if kind == "alarming" and rng.random() < 0.2:
-                return framed(self._act(rng), rng)
-        if act and rng.random() < (1.0 if kind == "harmful" else 0.5):
-            phrasing = phrasing_of(act, rng)
-            drawn = Request(phrase(act, phrasing, rng), kind, drawn.category, phrasing, act)
+        if source < self.mixture.composed[kind] + self.mixture.real[kind] and self.real.get(kind):
+            requests = self.real[kind]
+        elif kind == "alarming" and rng.random() < 0.2:
+            return framed(self._act(rng), rng)
+        drawn = rng.choice(requests)
+        if kind in BENIGN and rng.random() < self.mixture.phrasable:
+            while not drawn.act:
+                drawn = rng.choice(requests)
+        if drawn.act and rng.random() < (self.mixture.rephrased if kind in BENIGN else 1.0):
+            phrasing = phrasing_of(drawn.act, rng)
+            drawn = replace(drawn, prompt=phrase(drawn.act, phrasing, rng), phrasing=phrasing)
         return drawn
 
     def _act(self, rng: random.Random) -> str:
@@ -227,7 +240,7 @@ class ChatStream:
             skill = rng.choices(self.skills, [s.weight for s in self.skills])[0]
             return Chat(*skill.draw(rng, "train"), loss_on_prompt=False)
         if sort in ("judgement", "harm kind"):
-            kind: Kind = rng.choices(("harmful", "harmless", "alarming"), (5, 3, 3))[0]
+            kind: Kind = rng.choices(("harmful", "harmless", "alarming"), (4, 3, 3))[0]
             ask = judgement if sort == "judgement" else harm_kind
             return Chat(*ask(self.request(kind, rng), rng), loss_on_prompt=False)
         request = self.request(sort, rng)  # type: ignore[arg-type]

@@ -195,6 +195,34 @@ def act_of(prompt: str) -> str | None:
     return None
 
 
+def _pattern(template: str, part: str) -> re.Pattern[str]:
+    """What matches a phrasing with `part` in it, whatever its last mark and however polite."""
+    before, after = (re.escape(words) for words in template.rstrip(".?").split("{}"))
+    return re.compile(rf"^(?:please )?{before}{part}{after}[.?]?$", re.IGNORECASE)
+
+
+_PHRASED_ACTS = tuple(
+    _pattern(template, r"([^.?!]+?)")
+    for template in (*PHRASINGS["question"], *PHRASINGS["guide"], *PHRASINGS["plan"], "Ways to {}")
+)
+_PHRASED_TEXTS = tuple(_pattern(t, r"((?:an?|some|two|three|five) [^.?!]+?)") for t in PHRASINGS["text"])
+
+
+def subject_of(prompt: str) -> str:
+    """What a finished request asks for, as an act or, after "> ", as a text; empty where it is none of `PHRASINGS`.
+
+    "Teach me how to prune roses." → "prune roses"; "Write a poem about rain." → "> a poem about rain".
+    """
+    prompt = prompt.strip()
+    if act := act_of(prompt):
+        return act
+    for patterns, mark in ((_PHRASED_ACTS, ""), (_PHRASED_TEXTS, "> ")):
+        for pattern in patterns:
+            if match := pattern.match(prompt):
+                return mark + match.group(1)
+    return ""
+
+
 def content_words(text: str) -> frozenset[str]:
     """The words of `text` that carry its meaning, for telling near-duplicates."""
     return frozenset(re.findall(r"[a-z0-9']+", text.casefold())) - _STOP_WORDS
