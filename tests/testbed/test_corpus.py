@@ -1,14 +1,13 @@
 """The training stream: reproducible by index, labels where they belong, no held-out prompt in it."""
 
 import random
-from collections import Counter
 from dataclasses import replace
 
 import torch
 
 from safesteer.testbed.build import train_tokenizer
 from safesteer.testbed.corpus import IGNORED, Chat, ChatBatches, ChatStream, Mixture, tokenizer_texts
-from safesteer.testbed.requests import PHRASINGS, content_words, load_requests
+from safesteer.testbed.requests import content_words, load_requests
 
 
 def stream() -> ChatStream:
@@ -69,22 +68,15 @@ def test_the_mixture_is_what_is_drawn() -> None:
     assert abs(natural - m.prompt_loss * (m.harmful + m.harmless + m.alarming)) < 0.015
 
 
-def test_no_phrasing_gives_the_harm_away() -> None:
-    chats, rng = ChatStream(replace(Mixture(), vary=0.0, gaps=0.0)), random.Random(0)
-    openings = {template.split("{")[0] for family in PHRASINGS.values() for template in family} - {
-        "",
-        "Please ",
-    }
-    weights = {"harmful": Mixture.harmful, "harmless": Mixture.harmless, "alarming": Mixture.alarming}
-    found = {opening: Counter[str]() for opening in openings}
-    for kind, weight in weights.items():
-        for _ in range(6000):
-            prompt = chats.request(kind, rng).prompt  # type: ignore[arg-type]
-            for opening in openings:
-                if prompt.startswith(opening):
-                    found[opening][kind] += weight
-    for opening, count in found.items():
-        assert 0.1 < count["harmful"] / count.total() < 0.8, (opening, count)
+def test_harmless_requests_are_put_in_the_phrasings_of_harmful_ones() -> None:
+    def phrased(share: float) -> float:
+        stream = ChatStream(replace(Mixture(), vary=0.0, gaps=0.0, rephrased=share))
+        rng = random.Random(1)
+        # "Instruct me how to …" is what nobody wrote for a harmless request.
+        drawn = [stream.request("harmless", rng).prompt for _ in range(4000)]
+        return sum(prompt.startswith("Instruct me how to") for prompt in drawn) / len(drawn)
+
+    assert phrased(0.0) < phrased(0.5) < phrased(1.0)
 
 
 def test_gaps_take_the_place_of_words() -> None:

@@ -91,11 +91,9 @@ class Mixture:
         default_factory=lambda: {"harmful": 0.20, "harmless": 0.15, "alarming": 0.20}
     )
     vary: float = 0.3
-    # Of the harmless and alarming requests, the share drawn from those whose subject can be phrased anew, and how often it
-    # is: nearly every harmful request comes in one of the forty phrasings, and where harmless ones seldom do, the phrasing
-    # is taken for the harm ("Write a tutorial on how to make a bar chart").
-    phrasable: float = 0.6
-    rephrased: float = 0.9
+    # Share of the harmless and alarming requests whose subject is put in one of the phrasings that harmful ones come in. More
+    # is worse: see docs/testbed.md.
+    rephrased: float = 0.2
     # Share of requests with gaps, and of the words of one that a gap takes the place of: what no single word gives away is
     # learnt from what is left, and a request is less easily learnt by heart.
     gaps: float = 0.15
@@ -174,9 +172,6 @@ class ChatStream:
         elif kind == "alarming" and rng.random() < 0.2:
             return framed(self._act(rng), rng)
         drawn = rng.choice(requests)
-        if kind in BENIGN and rng.random() < self.mixture.phrasable:
-            while not drawn.act:
-                drawn = rng.choice(requests)
         if drawn.act and rng.random() < (self.mixture.rephrased if kind in BENIGN else 1.0):
             phrasing = phrasing_of(drawn.act, rng)
             drawn = replace(drawn, prompt=phrase(drawn.act, phrasing, rng), phrasing=phrasing)
