@@ -4,6 +4,7 @@ python benchmarks/plot_frontier.py      (needs the extra `report`)
 """
 
 import json
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,11 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import FixedLocator
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "testbed_sweep.json"
 IMAGES = ROOT / "docs" / "images"
-COLOURS = {"default": "tab:green", "paper": "tab:red", "full": "tab:blue"}
-
-
-def colour(name: str) -> str:
-    """One colour for our default, one for the paper's points, one for the full vocabulary, grey for the rest."""
-    return next((c for start, c in COLOURS.items() if name.startswith(start)), "0.45")
 
 
 def frontier(rows: dict[str, Any], path: Path) -> None:
@@ -36,19 +32,21 @@ def frontier(rows: dict[str, Any], path: Path) -> None:
         ("harmless_refusal", "harmless prompts refused, %"),
         ("alarming_refusal", "harmless but alarming prompts refused, %"),
     )
+    shown = {"base": base, **{name: row["aligned"] for name, row in points.items()}}
     for axis, (key, label) in zip(axes, panels, strict=True):
-        axis.scatter(base[key], base["attack_success"], marker="s", color="black")
-        axis.annotate(
-            "base", (base[key], base["attack_success"]), xytext=(5, 3), textcoords="offset points", fontsize=8
-        )
-        for name, row in points.items():
-            x, y = row["aligned"][key], row["aligned"]["attack_success"]
-            axis.scatter(x, y, color=colour(name), s=60 if name == "default" else 22, zorder=3)
-            axis.annotate(
-                name, (x, y), xytext=(4, 3), textcoords="offset points", fontsize=7, color=colour(name)
-            )
+        for (name, figures), marker in zip(shown.items(), cycle("sovD^<>pP*Xhd"), strict=False):
+            axis.scatter(figures[key], figures["attack_success"], marker=marker, s=55, label=name, zorder=3)
+        # What matters lies within a few points of the corner, and some settings lie ninety away.
+        axis.set_xscale("symlog", linthresh=5)
+        axis.set_yscale("symlog", linthresh=5)
+        for scale in (axis.xaxis, axis.yaxis):
+            scale.set_major_locator(FixedLocator([0, 1, 2, 3, 5, 10, 20, 50, 100]))
+            scale.set_major_formatter("{x:g}")
+        axis.set_xlim(-0.3, 110)
+        axis.set_ylim(-0.3, 110)
         axis.set_xlabel(label)
         axis.grid(alpha=0.25)
+    axes[1].legend(fontsize=8, loc="upper right")
     axes[0].set_ylabel("attack success, %")
     fig.suptitle("Testbed, validation prompts, 100 harmful training prompts, seed 0")
     fig.tight_layout()
