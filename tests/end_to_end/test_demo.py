@@ -80,7 +80,14 @@ def test_the_table_shows_before_teacher_and_after(finished: tuple[Path, str, dic
     shown = [float(word) for word in line.replace("│", " ").split() if word.replace(".", "").isdigit()]
     expected = [figures[name]["attack_success"] for name in ("base", "teacher", "aligned")]
     assert all(math.isclose(a, b, abs_tol=0.051) for a, b in zip(shown, expected, strict=True))
-    for wanted in ("Side by side", "Refusal direction", "Safety tokens", "Cost", "Artifacts"):
+    for wanted in (
+        "learns the first token",
+        "Side by side",
+        "Refusal direction",
+        "Safety tokens",
+        "Cost",
+        "Artifacts",
+    ):
         assert wanted in printed
     assert (folder / "model" / "adapter_model.safetensors").exists()
 

@@ -21,6 +21,12 @@ def show_demo(console: RunConsole, result: "DemoResult") -> None:
     out = console.console
     out.print()
     out.print(_figures(result))
+    if learnt := result.settings.distillation.first_tokens:
+        first = "first token" if learnt == 1 else f"first {learnt} tokens"
+        out.print(
+            f"The student learns the {first} of the teacher's answers. What a strongly steered teacher says after that may be "
+            "noise, which no judge calls a refusal."
+        )
     out.print()
     out.print(_answers(result))
     direction, tokens = result.run.direction, result.run.safety_tokens
