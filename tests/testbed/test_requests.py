@@ -14,6 +14,7 @@ from safesteer.testbed.requests import (
     PHRASINGS,
     SPLITS,
     Kind,
+    NearDuplicates,
     Request,
     act_of,
     content_words,
@@ -23,7 +24,6 @@ from safesteer.testbed.requests import (
     similarity,
     split_without_near_duplicates,
     subject_of,
-    unlike,
 )
 
 
@@ -78,13 +78,12 @@ def test_only_eligible_texts_are_held_out() -> None:
     assert all(request.act for split in ("validation", "test") for request in load_requests("harmful", split))
 
 
-def test_what_is_unlike_the_held_out_ones_is_kept() -> None:
-    def acts(*texts: str) -> list[Request]:
-        return [Request(f"How do I {text}?", "harmful", "theft", "question", text) for text in texts]
-
-    near, far = acts("steal a red bicycle", "steal a library book")
-    assert unlike([near, far], acts("steal a blue bicycle", "bake bread")) == [far]
-    assert unlike([near, far], []) == [near, far]
+def test_near_duplicates_share_half_of_their_words() -> None:
+    held_out = NearDuplicates(["steal a blue bicycle", "bake bread"])
+    assert "steal a red bicycle" in held_out
+    assert "steal a library book" not in held_out
+    assert "steal a red bicycle" not in NearDuplicates(["steal a blue bicycle"], threshold=0.6)
+    assert "bake bread" not in NearDuplicates([])
 
 
 def test_what_was_written_after_the_deal_is_for_training_alone() -> None:

@@ -19,13 +19,12 @@ from safesteer.testbed.answers import answer
 from safesteer.testbed.composed import composed_request, framed
 from safesteer.testbed.requests import (
     Kind,
+    NearDuplicates,
     Request,
-    content_words,
     load_requests,
     phrase,
     phrasing_in,
     phrasing_of,
-    similarity,
     subject_of,
 )
 from safesteer.testbed.skills import SKILLS, harm_kind, judgement
@@ -114,21 +113,18 @@ class Chat:
 
 def real_requests(data_dir: Path) -> dict[Kind, list[Request]]:
     """Read `REAL_PROMPTS` below `data_dir`."""
-    held_out: dict[str, list[frozenset[str]]] = {}
-    for name in HELD_OUT_PROMPTS:
-        for prompt in load_prompts(data_dir / name, field=_FIELDS.get(name)).prompts:
-            bag = content_words(prompt)
-            for word in bag:
-                held_out.setdefault(word, []).append(bag)
-
-    def seen(prompt: str) -> bool:
-        bag = content_words(prompt)
-        return any(similarity(bag, other) >= 0.6 for word in bag for other in held_out.get(word, ()))
-
+    held_out = NearDuplicates(
+        (
+            prompt
+            for name in HELD_OUT_PROMPTS
+            for prompt in load_prompts(data_dir / name, field=_FIELDS.get(name)).prompts
+        ),
+        threshold=0.6,
+    )
     found: dict[Kind, list[Request]] = {"harmful": [], "harmless": []}
     for name, kind in REAL_PROMPTS:
         prompts = load_prompts(data_dir / name, max_characters=240).prompts
-        found[kind] += [Request(p, kind, "", phrasing_in(p)) for p in prompts if not seen(p)]
+        found[kind] += [Request(p, kind, "", phrasing_in(p)) for p in prompts if p not in held_out]
     return found
 
 
@@ -147,14 +143,12 @@ class ChatStream:
         }
         self.own |= {kind: _with_subjects(self.own[kind]) for kind in BENIGN}
         self.real = {kind: _with_subjects(requests) for kind, requests in (real or {}).items()}
-        # Content words of the validation and test requests, by word.
-        self.held_out: dict[str, list[frozenset[str]]] = {}
-        for kind in self.own:
-            for split in ("validation", "test"):
-                for request in load_requests(kind, split):
-                    bag = content_words(request.act or request.prompt)
-                    for word in bag:
-                        self.held_out.setdefault(word, []).append(bag)
+        self.held_out = NearDuplicates(
+            request.act or request.prompt
+            for kind in self.own
+            for split in ("validation", "test")
+            for request in load_requests(kind, split)
+        )
         self.skills = [skill for skill in SKILLS if skill.weight]
 
     def request(self, kind: Kind, rng: random.Random) -> Request:
@@ -185,13 +179,10 @@ class ChatStream:
 
     def _composed(self, kind: Kind, rng: random.Random) -> Request:
         """A composed request that is no near-duplicate of a held-out one."""
-        while True:
+        request = composed_request(kind, rng)
+        while (request.act or request.prompt) in self.held_out:
             request = composed_request(kind, rng)
-            bag = content_words(request.act or request.prompt)
-            if not any(
-                similarity(bag, other) >= 0.5 for word in bag for other in self.held_out.get(word, ())
-            ):
-                return request
+        return request
 
     def _varied(self, request: Request, rng: random.Random) -> Request:
         """Vary a prompt without changing its meaning: a neutral setting or modifier, two requests in one, a lost word."""

@@ -342,17 +342,21 @@ def read_sources(folder: Path, rng: random.Random, suffix: str = "") -> list[Req
     return requests
 
 
-def unlike(requests: Sequence[Request], held_out: Iterable[Request], threshold: float = 0.5) -> list[Request]:
-    """Those of `requests` that are no near-duplicates of one in `held_out`."""
-    by_word: dict[str, list[frozenset[str]]] = {}
-    for bag in (content_words(r.act or r.prompt) for r in held_out):
-        for word in bag:
-            by_word.setdefault(word, []).append(bag)
+class NearDuplicates:
+    """Tells which texts are nearly one of `texts`: Jaccard similarity of content words of at least `threshold`."""
 
-    def alike(bag: frozenset[str]) -> bool:
-        return any(similarity(bag, other) >= threshold for word in bag for other in by_word.get(word, ()))
+    def __init__(self, texts: Iterable[str], threshold: float = 0.5) -> None:
+        self.threshold = threshold
+        self._by_word: dict[str, list[frozenset[str]]] = {}
+        for bag in map(content_words, texts):
+            for word in bag:
+                self._by_word.setdefault(word, []).append(bag)
 
-    return [r for r in requests if not alike(content_words(r.act or r.prompt))]
+    def __contains__(self, text: str) -> bool:
+        bag = content_words(text)
+        return any(
+            similarity(bag, other) >= self.threshold for word in bag for other in self._by_word.get(word, ())
+        )
 
 
 def make_splits(folder: Path, seed: int = 0) -> None:
@@ -372,7 +376,8 @@ def make_splits(folder: Path, seed: int = 0) -> None:
     )
     dealt = {split: [r for r, s in zip(everything, assigned, strict=True) if s == split] for split in SPLITS}
     later = read_sources(folder, rng, "_later")
-    dealt["train"] += unlike(later, dealt["validation"] + dealt["test"])
+    held_out = NearDuplicates(r.act or r.prompt for r in dealt["validation"] + dealt["test"])
+    dealt["train"] += [r for r in later if (r.act or r.prompt) not in held_out]
     for kind in KINDS:
         for split in SPLITS:
             chosen = [r for r in dealt[split] if r.kind == kind]
