@@ -48,6 +48,7 @@ def select(
     max_kl: float = 0.1,
     min_induction: float = 0.0,
     criterion: str = "ablation",
+    coefficient: float = 1.0,
     relax: bool = False,
 ) -> Selection:
     return select_candidate(
@@ -57,6 +58,7 @@ def select(
         max_kl=max_kl,
         min_induction=min_induction,
         criterion=criterion,
+        coefficient=coefficient,
         relax=relax,
         progress=no_progress,
     )
@@ -99,6 +101,32 @@ def test_by_induction_the_strongest_that_passes_is_taken_and_nothing_is_ablated(
     assert selection.chosen == (1, -1)
     assert [score.verdict for score in selection.scores][:2] == ["eligible", "selected"]
     assert table.asked["ablation"] == []
+
+
+class SaturatingTable(Table):
+    """Adding c times a vector adds c times its log-odds; those of layer 1 fall again past c = 1."""
+
+    def induction(self, vectors: Mapping[Candidate, Tensor], progress: Progress) -> dict[Candidate, float]:
+        scores = {}
+        for (layer, position), vector in vectors.items():
+            c = float(vector[1] / position)
+            scores[layer, position] = self.rows[layer, position][0] * (c if layer != 1 else 2 - c)
+        return scores
+
+
+def test_by_induction_candidates_are_ranked_as_strongly_as_the_teacher_adds_them() -> None:
+    table = SaturatingTable(
+        {(0, -1): (0.5, 0.01, -9.0), (1, -1): (2.0, 0.01, -1.0), (2, -1): (-1.0, 0.01, 0.0)}
+    )
+    assert select(table, criterion="induction").chosen == (1, -1)
+    strong = select(table, criterion="induction", coefficient=3.0)
+    assert strong.chosen == (0, -1)
+    # The test itself is the method's, and so is the score that is told.
+    assert [(score.induction, score.verdict) for score in strong.scores][:3] == [
+        (0.5, "selected"),
+        (2.0, "eligible"),
+        (-1.0, "induction -1 < 0"),
+    ]
 
 
 def test_verdicts_say_which_test_was_failed() -> None:

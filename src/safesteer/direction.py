@@ -245,6 +245,7 @@ def find_refusal_direction(
             max_kl=settings.max_kl,
             min_induction=settings.min_induction,
             criterion=settings.criterion,
+            coefficient=settings.coefficient or 1.0,
             relax=settings.fallback == "relax",
             progress=progress,
         )

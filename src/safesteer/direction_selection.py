@@ -59,12 +59,14 @@ def select_candidate(
     max_kl: float,
     min_induction: float,
     criterion: str,
+    coefficient: float,
     relax: bool,
     progress: Progress,
 ) -> Selection:
     """Select the candidate with the lowest ablation score of those that pass the tests (method §1).
 
-    Or, by `criterion="induction"`, the one with the highest induction, for which no ablation score is computed.
+    Or, by `criterion="induction"`, the one that induces the most when it is added with `coefficient`, as the teacher adds it;
+    no ablation score is computed for it.
 
     The tests discard scores that are not finite, induction < `min_induction` and KL > `max_kl`. Cheap tests
     come first: KL is computed only where induction passes, the ablation score only where both do, which
@@ -82,6 +84,7 @@ def select_candidate(
         max_kl: In nats.
         min_induction: Log-odds.
         criterion: "ablation" or "induction".
+        coefficient: `c`, used by the criterion "induction" alone; the tests add the bare vector (`c = 1`).
         relax: Whether the fallback may be used.
         progress: Told how many candidates each test has been through.
 
@@ -113,17 +116,21 @@ def select_candidate(
             f"{scorer.unsteered:.3f} (unsteered) to {best:.3f}, which {len(passed)} of {len(harmless)} reach"
         )
     ablation: dict[Candidate, float] = {}
-    eligible = passed
+    # Lower is better: what is left of the refusals, or minus what has come of them.
     if criterion == "ablation":
         ablation = scorer.ablation_refusal({candidate: vectors[candidate] for candidate in passed}, progress)
-        eligible = [candidate for candidate in passed if math.isfinite(ablation[candidate])]
+        rank = ablation
+    elif coefficient == 1:
+        rank = {candidate: -induction[candidate] for candidate in passed}
+    else:
+        added = {candidate: coefficient * vectors[candidate] for candidate in passed}
+        rank = {candidate: -score for candidate, score in scorer.induction(added, progress).items()}
+    eligible = [candidate for candidate in passed if math.isfinite(rank[candidate])]
     if not eligible:
         raise SafeSteerError(
-            f"the ablation score of all {len(passed)} candidate directions that pass induction and KL is not "
+            f"the {criterion} score of all {len(passed)} candidate directions that pass induction and KL is not "
             "a number; load the model in bfloat16 or float32 (--dtype)."
         )
-    # Lower is better: what is left of the refusals, or minus what has come of them.
-    rank = ablation or {candidate: -induction[candidate] for candidate in eligible}
     chosen = min(eligible, key=lambda candidate: (rank[candidate], candidate))
 
     def verdict(candidate: Candidate) -> str:

@@ -41,7 +41,7 @@ class DirectionSettings:
     criterion: Literal["ablation", "induction"] = setting(
         "ablation",
         "Which of the candidates that pass is taken: whose ablation leaves the least refusal (the method), or whose addition, "
-        "which is what the teacher does, induces the most.",
+        "with `coefficient` if it is given, as the teacher adds it, induces the most.",
     )
     coefficient: float | None = setting(None, "Strength of the steering; none searches `coefficients`.")
     coefficients: tuple[float, ...] = setting(

@@ -12,7 +12,7 @@ from torch import nn
 
 from safesteer.chat import Chat
 from safesteer.loading import load_model, load_tokenizer
-from safesteer.testbed.build import BuildSettings, build
+from safesteer.testbed.build import BuildSettings, build, widened
 from safesteer.testbed.demo import testbed_folder as bundled
 
 TINY = BuildSettings(
@@ -49,6 +49,23 @@ def test_a_build_can_begin_with_other_weights(tmp_path: Path) -> None:
     for name, tensor in load_file(found / "model.safetensors").items():
         torch.testing.assert_close(tensor, expected[name], rtol=0, atol=0)
     assert (found / "tokenizer.json").read_text() == (first / "tokenizer.json").read_text()
+
+
+def test_a_build_widens_what_it_begins_with(tmp_path: Path) -> None:
+    """The wider model says what the narrow one said, and its new units learn."""
+    first = build(tmp_path / "first", None, TINY)
+    narrow = load_model(str(first), device="cpu")
+    wide = widened(narrow, 96)
+    ids = torch.arange(24).reshape(2, 12)
+    torch.testing.assert_close(wide(ids).logits, narrow(ids).logits)
+    assert wide.lm_head.weight is wide.model.embed_tokens.weight
+    found = load_file(
+        build(tmp_path / "second", None, dataclasses.replace(TINY, intermediate_size=96), first)
+        / "model.safetensors"
+    )
+    new_units = found["model.layers.0.mlp.down_proj.weight"][:, 64:]
+    assert new_units.shape == (32, 32)
+    assert new_units.count_nonzero()
 
 
 def test_a_build_can_compile_the_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
