@@ -60,8 +60,8 @@ def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFas
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    # "user" and "assistant" must be single tokens, as in real ChatML vocabularies.
-    bpe.train_from_iterator([*texts, *["user\nassistant\n"] * 2000], trainer)
+    # "user" and "assistant" must be single tokens, as in real ChatML vocabularies, however many texts there are.
+    bpe.train_from_iterator([*texts, *["user\nassistant\n"] * (len(texts) // 8)], trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         eos_token="<|im_end|>",
