@@ -73,7 +73,12 @@ def test_harmless_requests_are_put_in_the_phrasings_of_harmful_ones() -> None:
         stream = ChatStream(replace(Mixture(), vary=0.0, gaps=0.0, rephrased=share))
         rng = random.Random(1)
         # What hardly anybody wrote for a harmless request.
-        starts = ("Instruct me how to", "Outline the steps needed to", "How could somebody", "Suggest a method to")
+        starts = (
+            "Instruct me how to",
+            "Outline the steps needed to",
+            "How could somebody",
+            "Suggest a method to",
+        )
         drawn = [stream.request("harmless", rng).prompt for _ in range(4000)]
         return sum(prompt.startswith(starts) for prompt in drawn) / len(drawn)
 
