@@ -24,7 +24,7 @@ class CandidateScore:
         ablation_refusal: Mean refusal score of harmful prompts with the direction ablated; lower is better.
         induction: Mean refusal score with the vector added, of harmless prompts or of those that the contrast names.
         kl: Mean KL(base ‖ ablated) on harmless prompts, nats.
-        verdict: "selected", "eligible" (passed, but another has a lower ablation score), or the test it
+        verdict: "selected", "eligible" (passed, but another ranks before it), or the test it
             failed.
     """
 

@@ -314,7 +314,8 @@ def load_requests(kind: Kind, split: Split) -> list[Request]:
 
 def _write(path: Path, requests: Iterable[Request]) -> None:
     rows = ({k: v for k, v in asdict(request).items() if k != "kind"} for request in requests)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    lines = (json.dumps(row, separators=(",", ":")) + "\n" for row in rows)
+    path.write_text("".join(lines), encoding="utf-8")
 
 
 def read_sources(folder: Path, rng: random.Random, suffix: str = "") -> list[Request]:
