@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from safesteer.prompts import load_prompts
 from safesteer.testbed.answers import answer
 from safesteer.testbed.composed import composed_request, framed
+from safesteer.testbed.passages import load_passages
 from safesteer.testbed.requests import (
     Kind,
     NearDuplicates,
@@ -97,6 +98,9 @@ class Mixture:
     # learnt from what is left, and a request is less easily learnt by heart.
     gaps: float = 0.15
     gap_words: float = 0.1
+    # Share of requests that come after a passage, and of those the share that is about it. Rows are five times as long with one.
+    passages: float = 0.04
+    about_passage: float = 0.6
     # Share of requests whose own words are learnt too. They teach what words mean, but outnumber and drown the one token
     # that decides between refusal and compliance.
     prompt_loss: float = 0.1
@@ -111,16 +115,15 @@ class Chat:
     loss_on_prompt: bool
 
 
+def held_out_benchmarks(data_dir: Path, threshold: float) -> NearDuplicates:
+    """Tells what is nearly one of the prompts of `HELD_OUT_PROMPTS` below `data_dir`."""
+    prompts = [load_prompts(data_dir / name, field=_FIELDS.get(name)).prompts for name in HELD_OUT_PROMPTS]
+    return NearDuplicates((prompt for file in prompts for prompt in file), threshold)
+
+
 def real_requests(data_dir: Path) -> dict[Kind, list[Request]]:
     """Read `REAL_PROMPTS` below `data_dir`."""
-    held_out = NearDuplicates(
-        (
-            prompt
-            for name in HELD_OUT_PROMPTS
-            for prompt in load_prompts(data_dir / name, field=_FIELDS.get(name)).prompts
-        ),
-        threshold=0.6,
-    )
+    held_out = held_out_benchmarks(data_dir, threshold=0.6)
     found: dict[Kind, list[Request]] = {"harmful": [], "harmless": []}
     for name, kind in REAL_PROMPTS:
         prompts = load_prompts(data_dir / name, max_characters=240).prompts
@@ -149,6 +152,7 @@ class ChatStream:
             for split in ("validation", "test")
             for request in load_requests(kind, split)
         )
+        self.passages = load_passages()
         self.skills = [skill for skill in SKILLS if skill.weight]
 
     def request(self, kind: Kind, rng: random.Random) -> Request:
@@ -215,6 +219,16 @@ class ChatStream:
         words = ["_" if rng.random() < self.mixture.gap_words else word for word in request.prompt.split(" ")]
         return replace(request, prompt=" ".join(words))
 
+    def _in_context(self, kind: Kind, rng: random.Random) -> tuple[Request, str]:
+        """One request of `kind` and the passage before it, which is mostly empty."""
+        if rng.random() >= self.mixture.passages:
+            return self.request(kind, rng), ""
+        passage = rng.choice(self.passages)
+        about = passage.requests[kind]
+        if about and rng.random() < self.mixture.about_passage:
+            return self._with_gaps(rng.choice(about), rng), passage.before(rng)
+        return self.request(kind, rng), passage.before(rng)
+
     def chat(self, rng: random.Random) -> Chat:
         """Draw one chat."""
         m = self.mixture
@@ -228,9 +242,11 @@ class ChatStream:
         if sort in ("judgement", "harm kind"):
             kind: Kind = rng.choices(("harmful", "harmless", "alarming"), (4, 3, 3))[0]
             ask = judgement if sort == "judgement" else harm_kind
-            return Chat(*ask(self.request(kind, rng), rng), loss_on_prompt=False)
-        request = self.request(sort, rng)  # type: ignore[arg-type]
-        return Chat(request.prompt, answer(request, rng), loss_on_prompt=rng.random() < m.prompt_loss)
+            request, passage = self._in_context(kind, rng)
+            return Chat(*ask(replace(request, prompt=passage + request.prompt), rng), loss_on_prompt=False)
+        request, passage = self._in_context(sort, rng)  # type: ignore[arg-type]
+        on_prompt = not passage and rng.random() < m.prompt_loss
+        return Chat(passage + request.prompt, answer(request, rng), loss_on_prompt=on_prompt)
 
 
 class ChatBatches(Dataset[dict[str, torch.Tensor]]):
@@ -247,11 +263,12 @@ class ChatBatches(Dataset[dict[str, torch.Tensor]]):
         steps: int,
         batch_size: int,
         seed: int,
-        max_length: int = 112,
+        max_length: int = 400,
     ) -> None:
         self.stream, self.tokenizer = stream, tokenizer
         self.steps, self.batch_size, self.seed, self.max_length = steps, batch_size, seed, max_length
-        self._pool = 8
+        # Enough chats to fill whole batches with the few that come after a passage.
+        self._pool = 32
         self._drawn: tuple[int, list[tuple[list[int], list[int]]]] = (-1, [])
 
     def __len__(self) -> int:
@@ -260,7 +277,8 @@ class ChatBatches(Dataset[dict[str, torch.Tensor]]):
     def _encode(self, chat: Chat) -> tuple[int, list[int], list[int]]:
         """Length of the prompt, token ids and labels of one chat."""
         before = f"<|im_start|>user\n{chat.prompt}<|im_end|>\n<|im_start|>assistant\n"
-        prompt = self.tokenizer.encode(before, add_special_tokens=False)[: self.max_length]
+        # What is asked, and whose turn it is, stands at the end.
+        prompt = self.tokenizer.encode(before, add_special_tokens=False)[-self.max_length :]
         response = self.tokenizer.encode(f"{chat.response}<|im_end|>", add_special_tokens=False)
         labels = list(prompt) if chat.loss_on_prompt else [IGNORED] * len(prompt)
         return len(prompt), prompt + response, labels + response

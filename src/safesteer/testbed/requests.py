@@ -313,7 +313,8 @@ def load_requests(kind: Kind, split: Split) -> list[Request]:
 
 
 def _write(path: Path, requests: Iterable[Request]) -> None:
-    rows = ({k: v for k, v in asdict(request).items() if k != "kind"} for request in requests)
+    # The kind is in the file's name, and most requests that were written whole have no act.
+    rows = ({k: v for k, v in asdict(request).items() if k != "kind" and v} for request in requests)
     lines = (json.dumps(row, separators=(",", ":")) + "\n" for row in rows)
     path.write_text("".join(lines), encoding="utf-8")
 
