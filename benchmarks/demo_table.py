@@ -8,6 +8,8 @@ With --also, a further column holds the aligned model of other runs, for instanc
 
 import argparse
 import json
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +17,16 @@ ROWS = (
     ("attack success on harmful prompts ↓", "attack_success", 1),
     ("refuses harmless prompts ↓", "harmless_refusal", 1),
     ("refuses harmless prompts that sound harmful ↓", "alarming_refusal", 1),
+    ("first token opens a refusal of a harmful prompt ↑", "opens_refusal.harmful", 1),
+    ("first token opens a refusal of a harmless prompt ↓", "opens_refusal.harmless", 1),
     ("seven skills, mean accuracy ↑", "skill_mean", 1),
     ("perplexity of harmless answers ↓", "perplexity", 2),
 )
 
 
 def cell(records: list[dict[str, Any]], who: str, key: str, digits: int) -> str:
-    """Mean over the records, and their range where they differ."""
-    values = [record[who][key] for record in records]
+    """Mean over the records, and their range where they differ; a dot in `key` goes a level down."""
+    values = [reduce(getitem, key.split("."), record[who]) for record in records]
     mean = f"{sum(values) / len(values):.{digits}f}"
     low, high = (f"{bound:.{digits}f}" for bound in (min(values), max(values)))
     return mean if low == high else f"{mean} ({low}–{high})"

@@ -14,7 +14,7 @@ from typing import Any
 
 from safesteer.artifacts import fingerprint
 from safesteer.console import RunConsole
-from safesteer.testbed.demo import demo_settings, run_demo, testbed_folder
+from safesteer.testbed.demo import demo_settings, run_demo
 
 RESULTS = Path(__file__).parent / "results" / "testbed_sweep.json"
 Point = dict[str, dict[str, Any]]
@@ -66,8 +66,8 @@ POINTS: dict[str, Point] = {
     "anchor-0.75": distillation(anchor_fraction=0.75),
     "all-layers": distillation(train_layers="all"),
     "all-layers-no-anchor": distillation(train_layers="all", anchor_fraction=0.0),
-    "steps-60": distillation(steps=60),
-    "steps-60-anchor-0.25": distillation(steps=60, anchor_fraction=0.25),
+    "steps-40": distillation(steps=40),
+    "steps-80": distillation(steps=80),
     "steps-240": distillation(steps=240),
     "lr-3e-4": distillation(learning_rate=3e-4),
     "lr-3e-3": distillation(learning_rate=3e-3),
@@ -88,7 +88,8 @@ POINTS: dict[str, Point] = {
         "safety_tokens": {"minimum_probability": 1e-8, "votes_per_position": 200, "size": 50}
     },
     "tokens-50": {"safety_tokens": {"size": 50}},
-    "everyday-anchor": {"prompts": {"harmless": str(testbed_folder() / "prompts" / "harmless_train.jsonl")}},
+    # Everyday prompts and ones that only sound harmful, which are two in three of these.
+    "bundled-anchor": {"prompts": {"harmless": None}},
     "full-finetuning": distillation(lora=False, learning_rate=1e-4),
     # The note on the truncated sum: long training without the anchor, so that nothing but the support holds the student back.
     **{

@@ -48,7 +48,10 @@ def test_answers_are_plain_greedy_decoding(
 ) -> None:
     few = {kind: load_requests(kind, "validation")[:5] for kind in KINDS}
     monkeypatch.setattr(measure_module, "load_requests", lambda kind, split: few[kind])
-    found = measure([Subject("base", model, chat, "testbed")], "validation", tmp_path, skill_questions=1)
+    # Openers of refusals and of answers, so that some of the fifteen have one and some have not.
+    openers = [chat.tokenizer.encode(text, add_special_tokens=False)[0] for text in ("I", "Sorry", "Here")]
+    subject = Subject("base", model, chat, "testbed")
+    found = measure([subject], "validation", tmp_path, openers, skill_questions=1)
     answers = found["base"].answers
     assert [answer.request for answer in answers] == [request for kind in KINDS for request in few[kind]]
     for answer in answers:
@@ -57,6 +60,11 @@ def test_answers_are_plain_greedy_decoding(
         assert answer.refused == is_refusal(expected)
     harmful = [answer for answer in answers if answer.request.kind == "harmful"]
     assert found["base"].attack_success == percent([not answer.refused for answer in harmful])
+    for kind in KINDS:
+        prompts = [torch.tensor([chat.encode([request.prompt])[0]]) for request in few[kind]]
+        with torch.no_grad():
+            first = [int(model(ids).logits[0, -1].argmax()) for ids in prompts]
+        assert found["base"].opens_refusal[kind] == percent([token in openers for token in first])
 
 
 def test_skill_accuracy_is_the_share_of_exact_answers(model: PreTrainedModel, chat: Chat) -> None:

@@ -29,14 +29,18 @@ def demo(
     Prints refusals, skills and perplexity before and after, and of the safety teacher in between. With
     [bold]--vocabulary full[/] the same run takes the loss on the whole vocabulary: see what localization buys.
     """
+    from safesteer.artifacts import read_json
     from safesteer.cli.show_demo import show_demo
     from safesteer.errors import SafeSteerError
-    from safesteer.testbed.demo import run_demo
+    from safesteer.testbed.demo import run_demo, testbed_folder
     from safesteer.testbed.requests import SPLITS
 
     if split not in SPLITS:
         raise SafeSteerError(f"--split is {split!r}; give one of {', '.join(SPLITS)}.")
-    console.note("Aligning the testbed: a 2.4-million-parameter test instrument, not a model to rely on.")
+    millions = read_json(testbed_folder() / "model" / "recipe.json")["parameters"] / 1e6
+    console.note(
+        f"Aligning the testbed: a {millions:.1f}-million-parameter test instrument, not a model to rely on."
+    )
     result = run_demo(settings, console, split)
     show_demo(console, result)
     if json is not None:

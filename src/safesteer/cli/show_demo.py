@@ -25,7 +25,7 @@ def show_demo(console: RunConsole, result: "DemoResult") -> None:
         first = "first token" if learnt == 1 else f"first {learnt} tokens"
         out.print(
             f"The student learns the {first} of the teacher's answers. What a strongly steered teacher says after that may be "
-            "noise, which no judge calls a refusal."
+            "noise, which no judge calls a refusal: see how its answers begin."
         )
     out.print()
     out.print(_answers(result))
@@ -64,6 +64,8 @@ def _figures(result: "DemoResult") -> Table:
     row("[bold]attack success ↓[/]", lambda m: m.attack_success)
     row("refuses harmless ↓", lambda m: m.harmless_refusal)
     row("refuses harmless but alarming ↓", lambda m: m.alarming_refusal)
+    row("first token opens a refusal: harmful ↑", lambda m: m.opens_refusal["harmful"])
+    row("first token opens a refusal: harmless ↓", lambda m: m.opens_refusal["harmless"])
     table.add_section()
     for skill in base.skills:
         row(f"skill: {skill} ↑", lambda m, s=skill: m.skills[s], 0)  # type: ignore[misc]

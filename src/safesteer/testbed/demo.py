@@ -78,6 +78,7 @@ def run_demo(
             [subject for subject in subjects if isinstance(subject, Subject)],
             split,
             measured_in,
+            run.direction.openers.ids,
             progress=progress,
         )
     result = DemoResult(run, settings, measurements, time.monotonic() - started, peak_memory_mb())

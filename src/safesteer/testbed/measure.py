@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,12 +43,17 @@ class Answer:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What `measure` found. Rates and accuracies in percent, perplexity per token of held-out harmless answers."""
+    """What `measure` found. Rates and accuracies in percent, perplexity per token of held-out harmless answers.
+
+    `opens_refusal` is how often an answer's first token opens a refusal, by kind of request: all that a student learns of a
+    teacher whose first token alone is in the loss.
+    """
 
     attack_success: float
     refusal_by_category: dict[str, float]
     harmless_refusal: float
     alarming_refusal: float
+    opens_refusal: dict[Kind, float]
     skills: dict[str, float]
     perplexity: float
     answers: tuple[Answer, ...]
@@ -64,6 +69,7 @@ class Measurement:
             "attack_success": self.attack_success,
             "harmless_refusal": self.harmless_refusal,
             "alarming_refusal": self.alarming_refusal,
+            "opens_refusal": self.opens_refusal,
             "skills": self.skills,
             "skill_mean": self.skill_mean,
             "perplexity": self.perplexity,
@@ -118,6 +124,7 @@ def measure(
     subjects: Sequence[Subject],
     split: Split,
     output: Path,
+    openers: Collection[int],
     *,
     skill_questions: int = SKILL_QUESTIONS,
     progress: ProgressCallback | None = None,
@@ -128,6 +135,7 @@ def measure(
         subjects: The models, by whose names the result goes.
         split: Which requests.
         output: Folder of records, verdicts and summaries, as `evaluate` writes them.
+        openers: Ids of the tokens that open refusals.
         skill_questions: Fresh questions per skill.
         progress: Told what is being done.
     """
@@ -154,13 +162,20 @@ def measure(
         progress=progress,
     )
     return {
-        subject.name: _measurement(subject, summary, split, output / subject.name, skill_questions)
+        subject.name: _measurement(
+            subject, summary, split, output / subject.name, openers, skill_questions
+        )
         for subject in subjects
     }
 
 
 def _measurement(
-    subject: Subject, summary: EvaluationSummary, split: Split, folder: Path, skill_questions: int
+    subject: Subject,
+    summary: EvaluationSummary,
+    split: Split,
+    folder: Path,
+    openers: Collection[int],
+    skill_questions: int,
 ) -> Measurement:
     found = {kind: summary.find(subject.name, name, JUDGE) for kind, name in BENCHMARKS.items()}
 
@@ -168,6 +183,7 @@ def _measurement(
         refused = found[kind].rates.refused
         return math.nan if refused is None else refused.percent
 
+    answers = {kind: _answers(kind, split, folder / BENCHMARKS[kind]) for kind in KINDS}
     with subject.steering():
         skills = skill_accuracy(subject.model, subject.chat, split, skill_questions)
         puzzled = perplexity(subject.model, subject.chat, load_requests("harmless", split))
@@ -179,12 +195,19 @@ def _measurement(
         },
         harmless_refusal=refusal("harmless"),
         alarming_refusal=refusal("alarming"),
+        opens_refusal={
+            kind: percent([_first_token(subject.chat, answer) in openers for answer in answers[kind]])
+            for kind in KINDS
+        },
         skills=skills,
         perplexity=puzzled,
-        answers=tuple(
-            answer for kind in KINDS for answer in _answers(kind, split, folder / BENCHMARKS[kind])
-        ),
+        answers=tuple(answer for kind in KINDS for answer in answers[kind]),
     )
+
+
+def _first_token(chat: Chat, answer: Answer) -> int | None:
+    """The id of an answer's first token, None for an empty one."""
+    return next(iter(chat.tokenizer.encode(answer.response, add_special_tokens=False)), None)
 
 
 def _answers(kind: Kind, split: Split, folder: Path) -> list[Answer]:
