@@ -45,7 +45,9 @@ def test_nothing_in_passages_is_nearly_a_benchmark_prompt(shared_data: Path) -> 
 def test_a_chat_with_a_passage_is_about_what_is_asked_after_it() -> None:
     texts = tuple(passage.text for passage in load_passages())
     only_requests = {"judgement": 0.0, "harm_kind": 0.0, "skills": 0.0, "harmful": 0.0, "alarming": 0.0}
-    stream = ChatStream(replace(Mixture(), passages=1.0, prompt_loss=1.0, vary=0.0, gaps=0.0, **only_requests))
+    stream = ChatStream(
+        replace(Mixture(), passages=1.0, prompt_loss=1.0, vary=0.0, gaps=0.0, **only_requests)
+    )
     rng = random.Random(0)
     about = {request.prompt for request in requests_about_passages()}
     asked_about = 0

@@ -162,9 +162,7 @@ def measure(
         progress=progress,
     )
     return {
-        subject.name: _measurement(
-            subject, summary, split, output / subject.name, openers, skill_questions
-        )
+        subject.name: _measurement(subject, summary, split, output / subject.name, openers, skill_questions)
         for subject in subjects
     }
 

@@ -36,7 +36,9 @@ def load_passages() -> list[Passage]:
     passages = []
     for row in map(json.loads, text.splitlines()):
         requests: dict[Kind, tuple[Request, ...]] = {
-            "harmful": tuple(Request(p, "harmful", category, phrasing_in(p)) for category, p in row["harmful"]),
+            "harmful": tuple(
+                Request(p, "harmful", category, phrasing_in(p)) for category, p in row["harmful"]
+            ),
             "alarming": tuple(Request(p, "alarming", "passage", phrasing_in(p)) for p in row["alarming"]),
             "harmless": tuple(Request(p, "harmless", "passage", phrasing_in(p)) for p in row["harmless"]),
         }
