@@ -95,6 +95,8 @@ def test_the_testbed_s_recipe_is_the_demo_s() -> None:
         assert Path(path).exists()
     assert Path(for_recipes.model.name).samefile(for_demo.model.name)
     assert Path(for_recipes.prompts.harmful).samefile(for_demo.prompts.harmful)
+    assert for_recipes.prompts.harmless and for_demo.prompts.harmless
+    assert Path(for_recipes.prompts.harmless).samefile(for_demo.prompts.harmless)
     assert for_recipes.prompts.harmful_count == for_demo.prompts.harmful_count == 100
     for section in ("direction", "safety_tokens", "distillation"):
         assert getattr(for_recipes, section) == getattr(for_demo, section)

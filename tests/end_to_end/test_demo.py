@@ -16,6 +16,7 @@ FIGURES = {
     "attack_success",
     "harmless_refusal",
     "alarming_refusal",
+    "opens_refusal",
     "skills",
     "skill_mean",
     "perplexity",
@@ -50,7 +51,14 @@ def test_the_figures_file_has_the_documented_fields(finished: tuple[Path, str, d
     for name in ("base", "teacher", "aligned"):
         measured = figures[name]
         assert measured.keys() == FIGURES
-        rates = [measured["attack_success"], measured["harmless_refusal"], *measured["skills"].values()]
+        opens = measured["opens_refusal"]
+        assert opens.keys() == {"harmful", "harmless", "alarming"}
+        rates = [
+            measured["attack_success"],
+            measured["harmless_refusal"],
+            *opens.values(),
+            *measured["skills"].values(),
+        ]
         assert all(0 <= rate <= 100 for rate in rates)
         assert measured["skill_mean"] == pytest.approx(
             sum(measured["skills"].values()) / len(measured["skills"])
