@@ -309,13 +309,17 @@ def load_requests(kind: Kind, split: Split) -> list[Request]:
         text = files("safesteer.testbed").joinpath("prompts", name).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise SafeSteerError(f"the testbed's prompt file {name} is missing; reinstall safesteer") from None
-    return [Request(kind=kind, **json.loads(line)) for line in text.splitlines()]
+    rows = map(json.loads, text.splitlines())
+    return [Request(**{"kind": kind, "phrasing": phrasing_in(row["prompt"]), **row}) for row in rows]
 
 
 def _write(path: Path, requests: Iterable[Request]) -> None:
-    # The kind is in the file's name, and most requests that were written whole have no act.
-    rows = ({k: v for k, v in asdict(request).items() if k != "kind" and v} for request in requests)
-    lines = (json.dumps(row, separators=(",", ":")) + "\n" for row in rows)
+    lines = []
+    for request in requests:
+        # What `load_requests` finds out again is left out.
+        known = {"kind": request.kind, "phrasing": phrasing_in(request.prompt), "act": ""}
+        row = {key: value for key, value in asdict(request).items() if value != known.get(key)}
+        lines.append(json.dumps(row, separators=(",", ":")) + "\n")
     path.write_text("".join(lines), encoding="utf-8")
 
 
