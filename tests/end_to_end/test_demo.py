@@ -97,6 +97,8 @@ def test_the_table_shows_before_teacher_and_after(finished: tuple[Path, str, dic
         "Artifacts",
     ):
         assert wanted in printed
+    opened = figures["teacher"]["opens_refusal"]["harmful"]
+    assert f"first token opens a refusal of {opened:.0f}% of the harmful prompts" in " ".join(printed.split())
     assert (folder / "model" / "adapter_model.safetensors").exists()
 
 

@@ -31,9 +31,11 @@ def show_demo(console: RunConsole, result: "DemoResult") -> None:
     out.print(_answers(result))
     direction, tokens = result.run.direction, result.run.safety_tokens
     shown = " ".join(repr(token.text) for token in tokens.tokens[:_TOKENS_SHOWN])
+    opened = result.measurements["teacher"].opens_refusal["harmful"]
     out.print(
         f"\n[bold]Refusal direction[/]  layer {direction.layer}, position {direction.position}, "
-        f"coefficient {direction.coefficient:g}, turns {direction.flip_rate:.0%} of answered harmful prompts into refusals"
+        f"coefficient {direction.coefficient:g}: the teacher's first token opens a refusal of {opened:.0f}% of the harmful "
+        "prompts"
     )
     out.print(f"[bold]Safety tokens[/]      {len(tokens.tokens)}: {escape(shown)} …")
     out.print(f"[bold]Cost[/]               {result.seconds:.0f} s, {result.peak_memory_mb:,.0f} MB at most")
