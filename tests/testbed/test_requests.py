@@ -16,6 +16,7 @@ from safesteer.testbed.requests import (
     Kind,
     NearDuplicates,
     Request,
+    Split,
     act_of,
     content_words,
     load_requests,
@@ -95,6 +96,16 @@ def test_what_was_written_after_the_deal_is_for_training_alone() -> None:
         of = {split: {r.act or r.prompt for r in load_requests(kind, split)} for split in SPLITS}
         assert len(written & of["train"]) > 0.95 * len(written)
         assert not written & (of["validation"] | of["test"])
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_request_has_the_phrasing_that_its_act_was_put_in(split: Split) -> None:
+    acts = [request for request in load_requests("harmful", split) if request.act]
+    assert acts
+    for request in acts:
+        templates = PHRASINGS[request.phrasing]
+        phrased = {template.format(request.act.removeprefix("> ")).casefold() for template in templates}
+        assert request.prompt.casefold() in phrased
 
 
 def test_held_out_requests_have_only_words_that_training_has() -> None:
