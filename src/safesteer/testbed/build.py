@@ -29,18 +29,18 @@ _WORDS = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+"
 class BuildSettings:
     """The recipe of the committed weights."""
 
-    steps: int = 9_000
+    steps: int = 12_500
     batch_size: int = 32
-    learning_rate: float = 1.3e-3
+    learning_rate: float = 1.5e-3
     warmup_steps: int = 50
     decay_share: float = 0.95
     weight_decay: float = 0.1
     vocabulary: int = 3_072
     hidden_size: int = 160
-    intermediate_size: int = 2_048
+    intermediate_size: int = 1_280
     layers: int = 6
     heads: int = 5
-    seed: int = 13
+    seed: int = 9
     mixture: Mixture = field(default_factory=Mixture)
 
 
@@ -95,7 +95,7 @@ def new_model(tokenizer: PreTrainedTokenizerFast, settings: BuildSettings) -> Qw
         num_attention_heads=settings.heads,
         num_key_value_heads=settings.heads,
         head_dim=settings.hidden_size // settings.heads,
-        max_position_embeddings=2048,
+        max_position_embeddings=1024,
         tie_word_embeddings=True,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -160,8 +160,8 @@ def build(
         if settings.intermediate_size > model.config.intermediate_size:
             torch.manual_seed(settings.seed)
             model = widened(model, settings.intermediate_size)
-    # Rows are causal and padded on the right: without a mask the fused kernel is the fastest, and long rows fit in memory.
-    model.set_attn_implementation("sdpa")
+    # Rows of some 40 tokens: on a CPU the fused kernel takes a tenth longer.
+    model.set_attn_implementation("eager")
     if compiled:
         for layer in model.model.layers:
             layer.compile(dynamic=True)
