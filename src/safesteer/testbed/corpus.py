@@ -48,7 +48,6 @@ HELD_OUT_PROMPTS = (
     "strongreject/strongreject_dataset.csv",
     "xstest/xstest_prompts.csv",
 )
-MAX_PASSAGES = 9
 _FIELDS = {
     "jailbreakbench/harmful-behaviors.csv": "Goal",
     "harmbench/harmbench_behaviors_text_all.csv": "Behavior",
@@ -99,10 +98,8 @@ class Mixture:
     # learnt from what is left, and a request is less easily learnt by heart.
     gaps: float = 0.15
     gap_words: float = 0.1
-    # Share of requests that come after a passage, of passages that come after another one (nine at most), and of requests
-    # after passages that are about one of them. Rows are five times as long with one.
-    passages: float = 0.06
-    another_passage: float = 0.5
+    # Share of requests that come after a passage, and of those the share that is about it. Rows are five times as long with one.
+    passages: float = 0.04
     about_passage: float = 0.6
     # Share of requests whose own words are learnt too. They teach what words mean, but outnumber and drown the one token
     # that decides between refusal and compliance.
@@ -223,17 +220,14 @@ class ChatStream:
         return replace(request, prompt=" ".join(words))
 
     def _in_context(self, kind: Kind, rng: random.Random) -> tuple[Request, str]:
-        """One request of `kind` and the passages before it, of which there are mostly none."""
+        """One request of `kind` and the passage before it, which is mostly empty."""
         if rng.random() >= self.mixture.passages:
             return self.request(kind, rng), ""
-        passages = [rng.choice(self.passages)]
-        while len(passages) < MAX_PASSAGES and rng.random() < self.mixture.another_passage:
-            passages.append(rng.choice(self.passages))
-        before = "".join(passage.before(rng) for passage in passages)
-        about = rng.choice(passages).requests[kind]
+        passage = rng.choice(self.passages)
+        about = passage.requests[kind]
         if about and rng.random() < self.mixture.about_passage:
-            return self._with_gaps(rng.choice(about), rng), before
-        return self.request(kind, rng), before
+            return self._with_gaps(rng.choice(about), rng), passage.before(rng)
+        return self.request(kind, rng), passage.before(rng)
 
     def chat(self, rng: random.Random) -> Chat:
         """Draw one chat."""
@@ -269,12 +263,12 @@ class ChatBatches(Dataset[dict[str, torch.Tensor]]):
         steps: int,
         batch_size: int,
         seed: int,
-        max_length: int = 1_500,
+        max_length: int = 400,
     ) -> None:
         self.stream, self.tokenizer = stream, tokenizer
         self.steps, self.batch_size, self.seed, self.max_length = steps, batch_size, seed, max_length
         # Enough chats to fill whole batches with the few that come after a passage.
-        self._pool = 64
+        self._pool = 32
         self._drawn: tuple[int, list[tuple[list[int], list[int]]]] = (-1, [])
 
     def __len__(self) -> int:
@@ -305,10 +299,11 @@ class ChatBatches(Dataset[dict[str, torch.Tensor]]):
 
 
 def collate(rows: Sequence[tuple[list[int], list[int]]], pad_id: int) -> dict[str, torch.Tensor]:
-    """Right-pad rows of (ids, labels) to one length. No token sees the padding after it, so no mask is needed."""
+    """Right-pad rows of (ids, labels) to one length."""
     width = max(len(ids) for ids, _ in rows)
     return {
         "input_ids": torch.tensor([ids + [pad_id] * (width - len(ids)) for ids, _ in rows]),
+        "attention_mask": torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in rows]),
         "labels": torch.tensor([labels + [IGNORED] * (width - len(labels)) for _, labels in rows]),
     }
 
