@@ -38,6 +38,17 @@ def test_saved_and_loaded(planted: RefusalDirection, tmp_path: Path) -> None:
     json.loads((tmp_path / "run" / "direction.json").read_text(), parse_constant=pytest.fail)
 
 
+def test_where_it_is_added_is_saved_and_everywhere_in_older_files(
+    planted: RefusalDirection, tmp_path: Path
+) -> None:
+    dataclasses.replace(planted, at=(3, 4)).save(tmp_path)
+    assert RefusalDirection.load(tmp_path).steering.at == (3, 4)
+    record = json.loads((tmp_path / "direction.json").read_text())
+    del record["at"]
+    (tmp_path / "direction.json").write_text(json.dumps(record))
+    assert RefusalDirection.load(tmp_path).steering.at == ()
+
+
 def test_a_flip_rate_that_is_no_number_survives_saving(planted: RefusalDirection, tmp_path: Path) -> None:
     dataclasses.replace(planted, flip_rate=math.nan).save(tmp_path)
     assert math.isnan(RefusalDirection.load(tmp_path).flip_rate)

@@ -107,6 +107,29 @@ def test_bfloat16_activations_are_averaged_in_float64() -> None:
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_induction_at_post_instruction_tokens_equals_whole_passes(kind: str) -> None:
+    """Prompts are rendered without padding there, so the template's tokens are the last ones of each pass."""
+    model = architecture(kind)
+    layers = list(decoder_layers(model))
+    at = Chat(chatml_tokenizer()).post_instruction_ids
+    vectors = {(layer, position): torch.randn(32) for layer in (0, 1, 2) for position in (-2, -1)}
+    with torch.no_grad():
+        scorer = CandidateScorer(reader_of(model), layers, OPENERS, HARMFUL, HARMLESS, at=at)
+        found = scorer.induction(vectors, no_progress)
+        everywhere = CandidateScorer(reader_of(model), layers, OPENERS, HARMFUL, HARMLESS)
+        others = everywhere.induction(vectors, no_progress)
+    for (layer, position), vector in vectors.items():
+
+        def add(hidden: torch.Tensor, vector: torch.Tensor = vector) -> torch.Tensor:
+            return torch.cat([hidden[:, : -len(at)], hidden[:, -len(at) :] + vector], dim=1)
+
+        with edited(layers[layer], add, inputs=True):
+            expected = mean_score(log_probabilities(model, HARMLESS))
+        assert found[layer, position] == pytest.approx(expected, abs=1e-5)
+    assert max(abs(found[candidate] - others[candidate]) for candidate in vectors) > 1e-3
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_scores_equal_whole_passes(kind: str) -> None:
     model = architecture(kind)
     layers = list(decoder_layers(model))

@@ -10,7 +10,7 @@ from transformers import OPTConfig, OPTForCausalLM, PreTrainedModel
 
 from safesteer.errors import SafeSteerError
 from safesteer.modeling import attention_and_mlp, backbone, decoder_layers
-from safesteer.steering import Steering, ablate_direction, add_vector
+from safesteer.steering import Steering, ablate_direction, add_vector, last_occurrence
 from tiny_models import KINDS, tiny_model
 
 HIDDEN = 32
@@ -113,8 +113,84 @@ def test_steering_chooses_layer_strength_and_rows() -> None:
 
 
 def test_steering_beyond_the_last_layer_is_a_sentence() -> None:
-    with pytest.raises(SafeSteerError, match="layer 4 but LlamaForCausalLM has 4 layers"):
-        Steering(torch.ones(HIDDEN), layer=4).applied(tiny_model("llama"))
+    too_high = Steering(torch.ones(HIDDEN), layer=4).applied(tiny_model("llama"))
+    with pytest.raises(SafeSteerError, match="layer 4 but LlamaForCausalLM has 4 layers"), too_high:
+        raise AssertionError
+
+
+def test_the_last_occurrence_of_some_tokens() -> None:
+    ids = torch.tensor(
+        [
+            [0, 0, 7, 8, 1, 2],  # left padded
+            [7, 8, 1, 7, 8, 2],  # an earlier turn
+            [3, 7, 1, 8, 7, 8],  # at the very end
+            [7, 8, 7, 8, 7, 7],
+            [3, 7, 1, 8, 2, 7],  # nowhere
+        ]
+    )
+    assert last_occurrence(ids, (7, 8)).int().tolist() == [
+        [0, 0, 1, 1, 0, 0],
+        [0, 0, 0, 1, 1, 0],
+        [0, 0, 0, 0, 1, 1],
+        [0, 0, 1, 1, 0, 0],
+        [0, 0, 0, 0, 0, 0],
+    ]
+    assert not last_occurrence(ids[:, :1], (7, 8)).any()
+    assert last_occurrence(ids, (7,)).int().tolist()[4] == [0, 0, 0, 0, 0, 1]
+
+
+MARKER = (11, 12)
+
+
+def _ids_with_marker(ends: tuple[int, ...], length: int) -> tuple[Tensor, Tensor]:
+    """Rows in which `MARKER` stands before each end, and where it stands, [B, T, 1] float."""
+    ids = torch.randint(20, 160, (len(ends), length))
+    where = torch.zeros(len(ends), length, 1)
+    for row, end in enumerate(ends):
+        ids[row, end - 2 : end] = torch.tensor(MARKER)
+        where[row, end - 2 : end] = 1.0
+    return ids, where
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_post_instruction_tokens_alone_may_be_steered(kind: str) -> None:
+    model, vector = tiny_model(kind), torch.randn(HIDDEN)
+    ids, where = _ids_with_marker((3, 8, 6), 8)
+    before = _hooks(model)
+    plain = _final_hidden(model, ids)
+    expected = _steered_by_hand(model, ids, 1, 2.0 * vector * where)
+    rows = torch.tensor([True, False, True])
+    steering = Steering(vector, 1, 2.0, MARKER)
+    with steering.applied(model):
+        torch.testing.assert_close(_final_hidden(model, ids), expected)
+    with steering.applied(model, None, rows):
+        mixed = _final_hidden(model, ids)
+    torch.testing.assert_close(mixed[rows], expected[rows])
+    assert torch.equal(mixed[~rows], plain[~rows])
+    assert torch.equal(expected[0, :1], plain[0, :1]) and not torch.equal(expected[0, 1:], plain[0, 1:])
+    assert _hooks(model) == before
+
+
+def test_what_is_generated_after_steered_post_instruction_tokens() -> None:
+    """Decoding with cached keys and values, where a step holds no marker, against whole passes by hand; under an adapter."""
+    model, vector = tiny_model("llama"), torch.randn(HIDDEN)
+    ids, _ = _ids_with_marker((5,), 5)
+    expected = ids
+    for _ in range(6):
+        where = last_occurrence(expected, MARKER)[..., None]
+        logits = model.lm_head(_steered_by_hand(model, expected, 1, 2.0 * vector * where)[:, -1])
+        expected = torch.cat([expected, logits.argmax(-1, keepdim=True)], dim=1)
+    adapted = get_peft_model(model, LoraConfig(target_modules="all-linear", r=4)).eval()
+    with Steering(vector, 1, 2.0, MARKER).applied(adapted), adapted.disable_adapter():
+        generated = adapted.generate(
+            input_ids=ids, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+    assert torch.equal(generated, expected)
+    with Steering(vector, 1, 2.0).applied(adapted):
+        everywhere = adapted.generate(
+            input_ids=ids, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+    assert not torch.equal(everywhere, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

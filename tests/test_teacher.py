@@ -1,6 +1,7 @@
 """The teachers, against references computed row by row without padding, hooks of ours or PEFT."""
 
 import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +44,19 @@ def batch() -> dict[str, Tensor]:
 def reference(
     base: nn.Module, steering: Steering | None, rows: list[bool], prompts: list[list[int]]
 ) -> list[Tensor]:
-    """What predicts each response: one unpadded row at a time, in float64, steered by a plain hook."""
+    """What predicts each response: one unpadded row at a time, in float64, steered by a plain hook.
+
+    With `steering.at` the prompts must end with it.
+    """
     exact: Any = copy.deepcopy(base).double().eval()
     results = []
     for prompt, response, steered in zip(prompts, RESPONSES, rows, strict=True):
         handle = None
         if steering is not None and steered:
-            shift = steering.coefficient * steering.vector.double()
+            shift = (steering.coefficient * steering.vector.double()).repeat(len(prompt + response), 1)
+            if steering.at:
+                shift[: len(prompt) - len(steering.at)] = 0.0
+                shift[len(prompt) :] = 0.0
             layer = exact.model.layers[steering.layer]
             handle = layer.register_forward_pre_hook(
                 lambda _, args, shift=shift: (args[0] + shift, *args[1:])
@@ -84,6 +91,19 @@ def test_adapter_off_steers_the_base_model_row_by_row(layer: int) -> None:
     hidden = AdapterOffTeacher(steering).completion_hidden_states(adapted(), **batch(), steered=STEERED)
     assert not hidden.requires_grad
     assert_rows_close(hidden, reference(tiny.model(), steering, STEERED.tolist(), PROMPTS))
+
+
+def test_a_teacher_may_be_steered_at_post_instruction_tokens_alone() -> None:
+    prompts = [[*prompt, 11, 12] for prompt in PROMPTS]
+    ids, mask = left_pad(prompts, 0)
+    asked = {**batch(), "prompt_ids": ids, "prompt_mask": mask}
+    steering = dataclasses.replace(tiny.steering(1), at=(11, 12))
+    expected = reference(tiny.model(), steering, STEERED.tolist(), prompts)
+    for teacher in (AdapterOffTeacher(steering), FrozenCopyTeacher(tiny.model(), steering)):
+        assert_rows_close(teacher.completion_hidden_states(adapted(), **asked, steered=STEERED), expected)
+    everywhere = AdapterOffTeacher(tiny.steering(1))
+    with pytest.raises(AssertionError):
+        assert_rows_close(everywhere.completion_hidden_states(adapted(), **asked, steered=STEERED), expected)
 
 
 def test_adapter_off_equals_frozen_copy() -> None:
@@ -175,7 +195,7 @@ def test_ema_teacher_follows_only_what_is_trained_and_survives_a_checkpoint(tmp_
     frozen = {name: value.clone() for name, value in teacher.model.named_parameters() if "lora" not in name}
     tiny.jolt(student, seed=11)
     teacher.update(student)
-    teacher.steering = Steering(torch.arange(32.0), 1, 1.5)
+    teacher.steering = Steering(torch.arange(32.0), 1, 1.5, (30, 31))
     save_teacher(tmp_path, teacher, student, torch.tensor([4, 5]))
 
     fresh = EmaTeacher(copy.deepcopy(adapted()), tiny.steering(), rate=0.5)
@@ -184,6 +204,7 @@ def test_ema_teacher_follows_only_what_is_trained_and_survives_a_checkpoint(tmp_
     assert ids.tolist() == [4, 5]
     assert fresh.steering is not None
     assert (fresh.steering.layer, fresh.steering.coefficient) == (1, 1.5)
+    assert fresh.steering.at == (30, 31)
     for one in (teacher, fresh):
         for name, value in one.model.named_parameters():
             if name in frozen:

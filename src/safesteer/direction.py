@@ -68,6 +68,7 @@ class RefusalDirection:
         flip_answered: How many of them the unsteered model answered.
         validation_harmless: The harmless validation prompts that passed the filter; safety tokens are counted
             on them (method §3).
+        at: The post-instruction tokens, if it is added only there (see `Steering`).
     """
 
     vector: Tensor
@@ -86,11 +87,12 @@ class RefusalDirection:
     flip_prompts: str = "harmful"
     flip_answered: int = 0
     validation_harmless: tuple[str, ...] = ()
+    at: tuple[int, ...] = ()
 
     @property
     def steering(self) -> Steering:
         """What turns the base model into the safety teacher (method §2)."""
-        return Steering(self.vector, self.layer, self.coefficient)
+        return Steering(self.vector, self.layer, self.coefficient, self.at)
 
     def require_model(self, model_fingerprint: str) -> None:
         """Check that the direction belongs to a model.
@@ -155,6 +157,7 @@ class RefusalDirection:
             "position": int(record["position"]),
             "coefficient": float(record["coefficient"]),
             "validation_harmless": tuple(record["validation_harmless"]),
+            "at": tuple(record.get("at", ())),
         }
         return cls(vector=vector, **known)
 
@@ -224,6 +227,7 @@ def find_refusal_direction(
     settings = settings or DirectionSettings()
     progress = progress or no_progress
     layers = list(decoder_layers(model, layer_path))
+    at = chat.post_instruction_ids if settings.positions == "post_instruction" else ()
     samples = sampled_prompts(harmful, harmless, settings)
     with evaluating(model):
         openers = _openers(model, chat, samples, settings, progress)
@@ -237,6 +241,7 @@ def find_refusal_direction(
             used["validation_harmful"],
             used["validation_harmless"],
             used[f"validation_{settings.contrast}"],
+            at,
         )
         selection = select_candidate(
             scorer,
@@ -253,7 +258,7 @@ def find_refusal_direction(
         strength = choose_coefficient(
             model,
             chat,
-            Steering(vectors[selection.chosen], layer),
+            Steering(vectors[selection.chosen], layer, at=at),
             samples["validation_harmful"],
             samples["validation_harmless"],
             settings.coefficients if settings.coefficient is None else (settings.coefficient,),
@@ -280,6 +285,7 @@ def find_refusal_direction(
         flip_prompts=strength.prompts,
         flip_answered=strength.answered,
         validation_harmless=used["validation_harmless"],
+        at=at,
     )
 
 

@@ -1,10 +1,10 @@
 """What a candidate refusal direction does to the model: induction, KL and ablation scores (method §1)."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from safesteer.errors import SafeSteerError
 from safesteer.next_token import Batch, NextTokenReader, Progress, float64
 from safesteer.out_of_memory import InParts
-from safesteer.steering import ablate_direction, add_vector
+from safesteer.steering import ablate_direction, add_vector, last_occurrence
 
 Candidate = tuple[int, int]
 """Layer, and position counted from the end (−1 is the last)."""
@@ -124,6 +124,7 @@ class CandidateScorer:
         harmful: Validation prompts, for the ablation refusal score.
         harmless: Validation prompts, for KL.
         induced: Validation prompts that adding a candidate should make the model refuse; the harmless ones by default.
+        at: The post-instruction tokens, if candidates are added only there; empty for every position.
     """
 
     def __init__(
@@ -134,10 +135,12 @@ class CandidateScorer:
         harmful: Sequence[str],
         harmless: Sequence[str],
         induced: Sequence[str] | None = None,
+        at: Sequence[int] = (),
     ) -> None:
         self._reader = reader
         self._layers = list(layers)
         self._ids = tuple(ids)
+        self._at = tuple(at)
         self._harmful = reader.batches(harmful)
         self._harmless = reader.batches(harmless)
         self._to_induce = harmless if induced is None else induced
@@ -146,7 +149,7 @@ class CandidateScorer:
         base = [reader.hidden(batch)[:, -1] for batch in self._harmless]
         self._kl_from = [KLFrom(logits) for logits in self._logits(base)]
 
-    @cached_property
+    @functools.cached_property
     def unsteered(self) -> float:
         """Mean refusal score of the `induced` prompts, no vector added; few searches need it."""
         return refusal_scores(self._reader, self._to_induce, self._ids).mean().item()
@@ -174,7 +177,7 @@ class CandidateScorer:
                     candidate: candidates[candidate] for candidate in candidates if candidate[0] == layer
                 }
                 below = (resume, inputs[layer]) if resume and inputs else None
-                for candidate, last_BH in self._together(alike, batch, self._adding(layer, below)):
+                for candidate, last_BH in self._together(alike, batch, self._adding(layer, batch, below)):
                     hidden[candidate].append(last_BH)
                 done += len(alike)
                 progress("induction", done, len(candidates) * len(self._induced))
@@ -222,8 +225,9 @@ class CandidateScorer:
                 progress(doing, done, len(candidates) * len(batches))
         return hidden
 
-    def _adding(self, layer: int, below: "tuple[_Resume, Tensor] | None") -> _Edit:
+    def _adding(self, layer: int, batch: Batch, below: "tuple[_Resume, Tensor] | None") -> _Edit:
         """Add vectors at a layer, without running those below where what they lead to is known, [B, T, H]."""
+        where_BT = last_occurrence(batch.input_ids, self._at) if self._at else None
 
         @contextlib.contextmanager
         def adding(vectors: Tensor, copies: int) -> Iterator[None]:
@@ -231,7 +235,8 @@ class CandidateScorer:
                 if below is not None:
                     resume, hidden_BTH = below
                     stack.enter_context(resume.at(layer, hidden_BTH.repeat(copies, 1, 1)))
-                stack.enter_context(add_vector(self._layers[layer], vectors))
+                where = None if where_BT is None else functools.partial(where_BT.repeat, copies, 1)
+                stack.enter_context(add_vector(self._layers[layer], vectors, where=where))
                 yield
 
         return adding

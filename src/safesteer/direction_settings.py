@@ -43,6 +43,11 @@ class DirectionSettings:
         "Which of the candidates that pass is taken: whose ablation leaves the least refusal (the method), or whose addition, "
         "with `coefficient` if it is given, as the teacher adds it, induces the most.",
     )
+    positions: Literal["all", "post_instruction"] = setting(
+        "all",
+        "Where the vector is added: at every position (the method), or at the template's tokens after the instruction alone, so "
+        "that instruction and response are read as they stand.",
+    )
     coefficient: float | None = setting(None, "Strength of the steering; none searches `coefficients`.")
     coefficients: tuple[float, ...] = setting(
         (1.0, 1.5, 2.0, 3.0), "Strengths to try, up to the target flip rate."
@@ -83,6 +88,7 @@ class DirectionSettings:
             "true, because contrast answered needs to know which prompts are answered",
         )
         self._require("criterion", self.criterion in ("ablation", "induction"), "ablation or induction")
+        self._require("positions", self.positions in ("all", "post_instruction"), "all or post_instruction")
         self._require("fallback", self.fallback in ("error", "relax"), "error or relax")
 
     def _require(self, name: str, holds: bool, what: str) -> None:

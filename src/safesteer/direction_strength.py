@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import PreTrainedModel
 
@@ -107,7 +107,7 @@ def choose_coefficient(
     trials: list[CoefficientTrial] = []
     for coefficient in ascending:
         progress(f"coefficient: {coefficient:g}", len(trials), len(ascending))
-        with Steering(steering.vector, steering.layer, coefficient).applied(model, layer_path):
+        with replace(steering, coefficient=coefficient).applied(model, layer_path):
             responses = respond(answered)
         refused = [is_refusal(response) for response in responses]
         fallen = [

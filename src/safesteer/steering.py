@@ -7,8 +7,7 @@ inside it; so under checkpointing `ablate_direction` must still be active during
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,14 +15,19 @@ import torch
 from torch import Tensor, nn
 
 from safesteer.errors import SafeSteerError
-from safesteer.modeling import attention_and_mlp, decoder_layers
+from safesteer.modeling import attention_and_mlp, decoder_layers, unwrapped
 
 _PreHook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]
 
 
 @contextlib.contextmanager
-def add_vector(layer: nn.Module, vector: Tensor, coefficient: float | Tensor = 1.0) -> Iterator[None]:
-    """Steer: `h ← h + c·r` at a layer's input, every position.
+def add_vector(
+    layer: nn.Module,
+    vector: Tensor,
+    coefficient: float | Tensor = 1.0,
+    where: Callable[[], Tensor] | None = None,
+) -> Iterator[None]:
+    """Steer: `h ← h + c·r` at a layer's input.
 
     Method §2; activation addition is Turner et al. 2023, arXiv 2308.10248.
 
@@ -31,6 +35,8 @@ def add_vector(layer: nn.Module, vector: Tensor, coefficient: float | Tensor = 1
         layer: A decoder layer (see `decoder_layers`).
         vector: `r`, shape [H]; or one per row, shape [B, H], for batches whose rows are steered differently.
         coefficient: `c`; or one per row, shape [B].
+        where: Returns the positions of the running pass that are steered, [B, T] bool (see `last_occurrence`); all of
+            them by default.
 
     Raises:
         SafeSteerError: While the model runs, if `vector` is not as wide as the residual stream, or what is per row
@@ -53,6 +59,8 @@ def add_vector(layer: nn.Module, vector: Tensor, coefficient: float | Tensor = 1
         shift = c.to(hidden_BTH.device)[..., None] * vector.detach().to(hidden_BTH.device, torch.float32)
         if shift.dim() == 2:
             shift = shift[:, None]
+        if where is not None:
+            shift = shift * where().to(hidden_BTH.device)[..., None]
         return hidden_BTH + shift.to(hidden_BTH.dtype)
 
     handle = layer.register_forward_pre_hook(_edit_input(add), with_kwargs=True)
@@ -60,6 +68,26 @@ def add_vector(layer: nn.Module, vector: Tensor, coefficient: float | Tensor = 1
         yield
     finally:
         handle.remove()
+
+
+def last_occurrence(input_ids: Tensor, tokens: Sequence[int]) -> Tensor:
+    """Mark where some tokens stand, one after the other, for the last time in each row.
+
+    Args:
+        input_ids: [B, T].
+        tokens: One or more token ids.
+
+    Returns:
+        [B, T] bool; nothing is marked in a row without them.
+    """
+    length, width = len(tokens), input_ids.size(1)
+    if width < length:
+        return torch.zeros_like(input_ids, dtype=torch.bool)
+    found_BW = (input_ids.unfold(1, length, 1) == torch.tensor(tokens, device=input_ids.device)).all(-1)
+    starts_W = torch.arange(found_BW.size(1), device=input_ids.device)
+    start_B1 = torch.where(found_BW, starts_W, -length).amax(-1, keepdim=True)
+    since_start_BT = torch.arange(width, device=input_ids.device) - start_B1
+    return (since_start_BT >= 0) & (since_start_BT < length)
 
 
 @contextlib.contextmanager
@@ -114,21 +142,25 @@ def ablate_direction(layers: Iterable[nn.Module], direction: Tensor) -> Iterator
 
 @dataclass(frozen=True)
 class Steering:
-    """A steered model in three numbers: which vector, at which layer's input, how strongly (method §2).
+    """A steered model: which vector, at which layer's input, how strongly, and where (method §2).
 
     Attributes:
         vector: `r`, shape [H], unnormalised.
         layer: Index of the decoder layer at whose input it is added.
         coefficient: `c`.
+        at: The ids of the post-instruction tokens, if only they are steered; empty for every position, the method's way.
+            What is generated after them reads their keys and values, so steering lasts.
     """
 
     vector: Tensor
     layer: int
     coefficient: float = 1.0
+    at: tuple[int, ...] = ()
 
+    @contextlib.contextmanager
     def applied(
         self, model: nn.Module, layer_path: str | None = None, rows: Tensor | None = None
-    ) -> AbstractContextManager[None]:
+    ) -> Iterator[None]:
         """Steer a model for the length of a block.
 
         Args:
@@ -147,7 +179,32 @@ class Steering:
                 f"{len(layers)} layers; use the direction that was found on this model."
             )
         coefficient = self.coefficient if rows is None else self.coefficient * rows.float()
-        return add_vector(layers[self.layer], self.vector, coefficient)
+        if not self.at:
+            with add_vector(layers[self.layer], self.vector, coefficient):
+                yield
+            return
+        with (
+            _read_ids(model) as ids,
+            add_vector(
+                layers[self.layer], self.vector, coefficient, lambda: last_occurrence(ids[0], self.at)
+            ),
+        ):
+            yield
+
+
+@contextlib.contextmanager
+def _read_ids(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Keep the token ids that the model is running on, [B, T], in a list of one."""
+    ids: list[Tensor] = []
+
+    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids[:] = [args[0] if args else kwargs["input"]]
+
+    handle = unwrapped(model).get_input_embeddings().register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        yield ids
+    finally:
+        handle.remove()
 
 
 def _edit_input(edit: Callable[[Tensor], Tensor]) -> _PreHook:

@@ -1,5 +1,6 @@
 """A safety teacher that follows the student (method §2)."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -79,7 +80,11 @@ def save_teacher(folder: Path, teacher: EmaTeacher, student: nn.Module, token_id
     metadata = {}
     if teacher.steering is not None:
         tensors["vector"] = teacher.steering.vector
-        metadata = {"layer": str(teacher.steering.layer), "coefficient": repr(teacher.steering.coefficient)}
+        metadata = {
+            "layer": str(teacher.steering.layer),
+            "coefficient": repr(teacher.steering.coefficient),
+            "at": json.dumps(teacher.steering.at),
+        }
     if token_ids is not None:
         tensors["token_ids"] = token_ids
     write_tensors(folder / _FILE, tensors, metadata)
@@ -103,6 +108,11 @@ def load_teacher(folder: Path, teacher: EmaTeacher, device: torch.device) -> Ten
         }
     )
     if "vector" in tensors:
-        teacher.steering = Steering(tensors["vector"], int(metadata["layer"]), float(metadata["coefficient"]))
+        teacher.steering = Steering(
+            tensors["vector"],
+            int(metadata["layer"]),
+            float(metadata["coefficient"]),
+            tuple(json.loads(metadata["at"])),
+        )
     ids = tensors.get("token_ids")
     return None if ids is None else ids.to(device)

@@ -172,9 +172,7 @@ def _of_run(folder: Path, which: Sequence[Role] | None, changed: Mapping[str, An
                 with adapter_off(full), direction.steering.applied(full, config["layer_path"]):
                     yield
 
-            identity = fingerprint(
-                {"base": base_identity, "direction": direction.vector, "c": direction.coefficient}
-            )
+            identity = fingerprint({"base": base_identity, "steering": direction.steering})
             subjects.append(Subject(role, full, chat, identity, steered))
         elif shares_weights:
             subjects.append(Subject(role, full, chat, _identity(full)))
