@@ -36,7 +36,12 @@ PAPER: Point = {
         "train_layers": "all",
         "first_tokens": None,
     },
-    "direction": {"coefficient": 1.0, "contrast": "harmless", "criterion": "ablation"},
+    "direction": {
+        "coefficient": 1.0,
+        "contrast": "harmless",
+        "criterion": "ablation",
+        "positions": "all",
+    },
     "safety_tokens": {
         "prompts": "harmless",
         "minimum_probability": 1e-8,
@@ -62,12 +67,13 @@ POINTS: dict[str, Point] = {
     "jsd": distillation(beta=0.5),
     "no-anchor": distillation(anchor_fraction=0.0),
     "anchor-0.25": distillation(anchor_fraction=0.25),
-    "anchor-0.5": distillation(anchor_fraction=0.5),
+    "anchor-0.375": distillation(anchor_fraction=0.375),
     "anchor-0.75": distillation(anchor_fraction=0.75),
     "all-layers": distillation(train_layers="all"),
     "all-layers-no-anchor": distillation(train_layers="all", anchor_fraction=0.0),
-    "steps-40": distillation(steps=40),
-    "steps-80": distillation(steps=80),
+    "rank-1": distillation(lora_rank=1, lora_alpha=2),
+    "rank-32": distillation(lora_rank=32, lora_alpha=64),
+    "steps-60": distillation(steps=60),
     "steps-240": distillation(steps=240),
     "lr-3e-4": distillation(learning_rate=3e-4),
     "lr-3e-3": distillation(learning_rate=3e-3),
@@ -76,14 +82,20 @@ POINTS: dict[str, Point] = {
     # The method's direction, refused harmful prompts less harmless ones.
     **{
         f"direction-harmless-c{c:g}": {
-            "direction": {"contrast": "harmless", "criterion": "ablation", "coefficient": c}
+            "direction": {
+                "contrast": "harmless",
+                "criterion": "ablation",
+                "coefficient": c,
+                "positions": "all",
+            }
         }
         for c in (1.0, 1.5, 2.0)
     },
     "by-ablation": {"direction": {"criterion": "ablation"}},
-    "c-1": {"direction": {"coefficient": 1.0}},
-    "c-1.5": {"direction": {"coefficient": 1.5}},
-    "c-2": {"direction": {"coefficient": 2.0}},
+    # Steered at every position, as in the paper.
+    **{f"everywhere-c{c:g}": {"direction": {"positions": "all", "coefficient": c}} for c in (1.5, 2.5, 5.0)},
+    **{f"c-{c:g}": {"direction": {"coefficient": c}} for c in (3.0, 5.0, 12.0)},
+    "ema-teacher": distillation(teacher="ema", ema_rate=0.02),
     "tokens-as-paper": {
         "safety_tokens": {"minimum_probability": 1e-8, "votes_per_position": 200, "size": 50}
     },

@@ -60,10 +60,11 @@ def direction_stage(work: Workspace) -> RefusalDirection:
     flips = (
         "" if math.isnan(direction.flip_rate) else f"; flips {direction.flip_rate:.0%} of answered prompts"
     )
+    where = " at the post-instruction tokens" if direction.at else ""
     work.console.summary(
         "direction",
         f"layer {direction.layer}, position {direction.position}, "
-        f"coefficient {direction.coefficient:g}{flips}",
+        f"coefficient {direction.coefficient:g}{where}{flips}",
         " · ".join(filter(None, [outcome(work.folder / DIRECTION_FILE, kept, started), direction.relaxed])),
     )
     return direction

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 _ANSWERS_SHOWN = {"harmful": 5, "alarming": 3, "harmless": 2}
 _TOKENS_SHOWN = 16
+# Points between refusals begun and refusals given, from which on a teacher's answers are said to fall apart.
+_NOISE = 10
 
 
 def show_demo(console: RunConsole, result: "DemoResult") -> None:
@@ -23,19 +25,21 @@ def show_demo(console: RunConsole, result: "DemoResult") -> None:
     out.print(_figures(result))
     if learnt := result.settings.distillation.first_tokens:
         first = "first token" if learnt == 1 else f"first {learnt} tokens"
+        out.print(f"The student learns the {first} of the teacher's answers.")
+    teacher = result.measurements["teacher"]
+    if teacher.opens_refusal["harmful"] - (100 - teacher.attack_success) > _NOISE:
         out.print(
-            f"The student learns the {first} of the teacher's answers. What a strongly steered teacher says after that may be "
-            "noise, which no judge calls a refusal: see how its answers begin."
+            "The teacher opens refusals that it does not go on with: steered so strongly, it talks nonsense, which no judge "
+            "calls a refusal. A smaller --coefficient, or --positions post_instruction, helps."
         )
     out.print()
     out.print(_answers(result))
     direction, tokens = result.run.direction, result.run.safety_tokens
     shown = " ".join(repr(token.text) for token in tokens.tokens[:_TOKENS_SHOWN])
-    opened = result.measurements["teacher"].opens_refusal["harmful"]
     out.print(
         f"\n[bold]Refusal direction[/]  layer {direction.layer}, position {direction.position}, "
-        f"coefficient {direction.coefficient:g}: the teacher's first token opens a refusal of {opened:.0f}% of the harmful "
-        "prompts"
+        f"coefficient {direction.coefficient:g}: the teacher's first token opens a refusal of "
+        f"{teacher.opens_refusal['harmful']:.0f}% of the harmful prompts"
     )
     out.print(f"[bold]Safety tokens[/]      {len(tokens.tokens)}: {escape(shown)} …")
     out.print(f"[bold]Cost[/]               {result.seconds:.0f} s, {result.peak_memory_mb:,.0f} MB at most")
