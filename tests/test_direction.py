@@ -223,7 +223,7 @@ def test_refused_and_answered_harmful_prompts_can_be_contrasted() -> None:
     assert selected.induction == pytest.approx(expected, abs=1e-4)
 
 
-def test_it_can_be_added_at_post_instruction_tokens_alone() -> None:
+def test_it_can_be_added_at_post_instruction_tokens_alone(planted: RefusalDirection) -> None:
     sizes = {"train_harmful": 14, "validation_harmful": 6, "train_harmless": 10, "validation_harmless": 6}
     model, asked = planted_model(), planted_chat()
     settings = DirectionSettings(**sizes, positions="post_instruction")
@@ -235,10 +235,7 @@ def test_it_can_be_added_at_post_instruction_tokens_alone() -> None:
         expected = refusal_scores(reader, found.validation_harmless, found.openers.ids).mean().item()
     assert selected.induction == pytest.approx(expected, abs=1e-4)
     assert found.flip_rate == 1.0
-    everywhere = find_refusal_direction(
-        model, asked, PLANTED_HARMFUL, PLANTED_HARMLESS, DirectionSettings(**sizes)
-    )
-    assert everywhere.at == ()
+    assert planted.at == ()
 
 
 def test_too_few_answered_prompts_to_contrast_with() -> None:
