@@ -149,7 +149,7 @@ class Steering:
         layer: Index of the decoder layer at whose input it is added.
         coefficient: `c`.
         at: The ids of the post-instruction tokens, if only they are steered; empty for every position, the method's way.
-            What is generated after them reads their keys and values, so steering lasts.
+            What is generated after them reads their keys and values, so steering lasts. Text without them is not steered.
     """
 
     vector: Tensor
