@@ -179,22 +179,14 @@ class Steering:
                 f"{len(layers)} layers; use the direction that was found on this model."
             )
         coefficient = self.coefficient if rows is None else self.coefficient * rows.float()
-        if not self.at:
-            with add_vector(layers[self.layer], self.vector, coefficient):
-                yield
-            return
-        with (
-            _read_ids(model) as ids,
-            add_vector(
-                layers[self.layer], self.vector, coefficient, lambda: last_occurrence(ids[0], self.at)
-            ),
-        ):
+        positions = _running_positions(model, self.at) if self.at else contextlib.nullcontext()
+        with positions as where, add_vector(layers[self.layer], self.vector, coefficient, where):
             yield
 
 
 @contextlib.contextmanager
-def _read_ids(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Keep the token ids that the model is running on, [B, T], in a list of one."""
+def _running_positions(model: nn.Module, tokens: Sequence[int]) -> Iterator[Callable[[], Tensor]]:
+    """Give what tells where `tokens` stand in the pass that the model is making (see `last_occurrence`)."""
     ids: list[Tensor] = []
 
     def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -202,7 +194,7 @@ def _read_ids(model: nn.Module) -> Iterator[list[Tensor]]:
 
     handle = unwrapped(model).get_input_embeddings().register_forward_pre_hook(keep, with_kwargs=True)
     try:
-        yield ids
+        yield lambda: last_occurrence(ids[0], tokens)
     finally:
         handle.remove()
 

@@ -112,7 +112,7 @@ def load_teacher(folder: Path, teacher: EmaTeacher, device: torch.device) -> Ten
             tensors["vector"],
             int(metadata["layer"]),
             float(metadata["coefficient"]),
-            tuple(json.loads(metadata["at"])),
+            tuple(json.loads(metadata.get("at", "[]"))),
         )
     ids = tensors.get("token_ids")
     return None if ids is None else ids.to(device)
