@@ -216,6 +216,12 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(
 def test_bad_flags_and_recipes(bench: Bench) -> None:
     assert "(did you mean 'adam_beta2'?)" in bench.align("--trainer-args", '{"adam_betta2": 0.9}')
     assert bench.align("--batch-size", "many") == "--batch-size is 'many'; give a whole number."
+    assert bench.align("--report-to", "tensorbord").startswith(
+        "--report-to: there is no tracker 'tensorbord' (did you mean 'tensorboard'?)"
+    )
+    assert "has no module 'q_pro' (did you mean 'q_proj'?)" in bench.align("--lora-targets", "q_pro")
+    assert "skip_tokens must be below max_completion_length" in bench.align("--skip-tokens", "5000")
+    assert not bench.output.exists()
     bench.recipe.write_text("distillation:\n  learnin_rate: 1e-4\n")
     assert bench.align() == (
         f"{bench.recipe} line 2: distillation.learnin_rate is no setting (did you mean 'learning_rate'?); "

@@ -283,7 +283,7 @@ def test_relaxing_is_recorded_and_never_silent(tmp_path: Path) -> None:
     assert found.relaxed is not None and "90% of the best one's rise" in found.relaxed
     found.save(tmp_path)
     assert RefusalDirection.load(tmp_path).relaxed == found.relaxed
-    with pytest.raises(SafeSteerError, match="fail only induction ≥ 0.*allow --direction-fallback relax"):
+    with pytest.raises(SafeSteerError, match="fail only induction ≥ 0.*allow --fallback relax"):
         find_refusal_direction(*arguments, dataclasses.replace(settings, fallback="error"))
 
 

@@ -195,7 +195,7 @@ def test_without_relaxing_the_near_misses_are_told() -> None:
         "no candidate refusal direction passes: of 3 scored, 1 fail only KL ≤ 0.1, the nearest being layer 0 "
         "position -1 with induction 0.400 and KL 0.310; 1 fail only induction ≥ 0, the nearest being layer 1 "
         "position -1 with induction -0.140 and KL 0.050; 1 fail both; raise --max-kl above 0.310, or lower "
-        "--min-induction to -0.141, or allow --direction-fallback relax, or give harmful prompts that the "
+        "--min-induction to -0.141, or allow --fallback relax, or give harmful prompts that the "
         "model refuses clearly and harmless ones that it answers."
     )
 

@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from pipeline_runs import run_settings
 from planted_model import ANSWERED, HARMLESS, REFUSED, planted_chat, planted_model, token_id
-from safesteer.artifacts import read_json
+from safesteer.artifacts import read_json, write_json
 from safesteer.chat import generate
 from safesteer.console import RunConsole
 from safesteer.direction import RefusalDirection
@@ -205,6 +205,34 @@ def test_stages_run_alone_give_what_align_gives(finished: Path, inputs: Path, tm
     alone, together = _weights(tmp_path / "run"), _weights(finished)
     assert alone.keys() == together.keys()
     assert all(torch.equal(alone[name], together[name]) for name in together)
+
+
+def test_tokens_of_another_direction_are_told(run: Path, inputs: Path) -> None:
+    shutil.rmtree(run / "model")
+    settings, printed = run_settings(inputs, run), io.StringIO()
+    console = RunConsole(console=Console(file=printed, soft_wrap=True))
+    run_distillation(settings, console)
+    assert "found with another direction" not in printed.getvalue()
+    record = read_json(run / "direction.json")
+    write_json(
+        run / "direction.json", record | {"coefficient": 2 * record["coefficient"], "fingerprint": "other"}
+    )
+    run_distillation(settings, console)
+    assert (
+        "safety_tokens.json: found with another direction than direction.json holds now" in printed.getvalue()
+    )
+
+
+def test_a_damaged_checkpoint_is_not_continued_from(run: Path, inputs: Path) -> None:
+    shutil.rmtree(run / "model")
+    last = run / "checkpoints" / "checkpoint-4"
+    for name in ("adapter_model.safetensors", "optimizer.pt"):
+        kept = (last / name).read_bytes()
+        (last / name).write_bytes(kept[: len(kept) // 2])
+        _, printed = _aligned(run_settings(inputs, run))
+        assert f"{name}: is damaged" in printed
+        assert "continuing" not in printed
+        shutil.rmtree(run / "model")
 
 
 KILLED_RUN = """

@@ -216,6 +216,21 @@ def test_ema_teacher_follows_only_what_is_trained_and_survives_a_checkpoint(tmp_
         assert torch.equal(expected, other.completion_hidden_states(student, **batch(), steered=STEERED))
 
 
+@pytest.mark.parametrize("rows", [STEERED, torch.zeros(3, dtype=torch.bool), torch.ones(3, dtype=torch.bool)])
+def test_ema_teacher_leaves_anchors_to_the_base_model(rows: Tensor) -> None:
+    student = adapted()
+    teacher = EmaTeacher(copy.deepcopy(student), tiny.steering(), rate=1.0)
+    tiny.jolt(student, seed=11)
+    teacher.update(student)
+    hidden = teacher.completion_hidden_states(student, **batch(), steered=rows)
+    merged = copy.deepcopy(student).eval().merge_and_unload()
+    followed = reference(merged, tiny.steering(), [True] * 3, PROMPTS)
+    base = reference(tiny.model(), None, [False] * 3, PROMPTS)
+    assert_rows_close(
+        hidden, [one if row else other for row, one, other in zip(rows, followed, base, strict=True)]
+    )
+
+
 def test_a_checkpoint_without_teacher_is_refused(tmp_path: Path) -> None:
     teacher = EmaTeacher(tiny.model(), tiny.steering(), rate=0.5)
     with pytest.raises(SafeSteerError, match="no such file"):

@@ -61,6 +61,27 @@ def test_defaults_are_the_papers_step(tmp_path: Path) -> None:
     assert rates[55] == pytest.approx(0.5, abs=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("warmup", "steps", "wanted"),
+    [(0.1, 1, 0), (0.1, 7, 0), (0.1, 10, 1), (0.1, 25, 2), (0.0, 50, 0), (3, 50, 3)],
+)
+def test_the_warm_up_is_the_whole_steps_of_its_share(
+    tmp_path: Path, warmup: float, steps: int, wanted: int
+) -> None:
+    args = SafeSteerConfig(output_dir=str(tmp_path), use_cpu=True, warmup_steps=warmup)
+    assert args.get_warmup_steps(steps) == wanted
+
+
+def test_a_training_of_one_step_trains(tmp_path: Path) -> None:
+    run = tiny.trainer(tmp_path, peft_config=tiny.lora(), max_steps=1)
+    run.train()
+    factors = [
+        value for name, value in run.model.named_parameters() if "lora_B" in name and value.requires_grad
+    ]
+    assert factors
+    assert all(factor.any() for factor in factors)
+
+
 def test_every_setting_is_a_flag_with_help(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         HfArgumentParser(SafeSteerConfig).parse_args_into_dataclasses(["--help"])

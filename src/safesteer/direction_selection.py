@@ -191,7 +191,7 @@ def _nothing_left(
         )
         if rises:
             remedies.append(f"lower --min-induction to {induction[nearest] - 0.001:.3f}")
-            remedies.append("" if relax else "allow --direction-fallback relax")
+            remedies.append("" if relax else "allow --fallback relax")
     if both := len(scored) - len(inducing) - len(sparing):
         facts.append(f"{both} fail both")
         if not inducing and not sparing:

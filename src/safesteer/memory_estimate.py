@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from peft import get_peft_model
+from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -308,7 +309,13 @@ def _adapter_parameters(model: PreTrainedModel, distillation: DistillationSettin
         return 0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what PEFT has to say it will say again when the model is trained
-        adapted = get_peft_model(model, adapter)
+        try:
+            adapted = get_peft_model(model, adapter)
+        except NoMatchingPeftModuleError as error:
+            raise SafeSteerError(
+                f"--lora-targets: {', '.join(distillation.lora_targets)}: the model has no such modules; name linear maps of "
+                "its layers, or leave it out for all of them."
+            ) from error
     return sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad)
 
 

@@ -63,9 +63,14 @@ def model_card(
     words = ", ".join(f"`{token.text!r}`" for token in tokens.tokens[:20])
     revision = f", revision `{base.revision}`" if base.revision else ""
     flips = (
-        f"{direction.flip_rate:.0%} of the harmful validation prompts"
+        f"{direction.flip_rate:.0%} of {direction.flip_answered} {direction.flip_prompts} validation prompts"
         if direction.flip_rate == direction.flip_rate
         else "not measured"
+    )
+    teacher = (
+        "itself under a safety system prompt"
+        if distillation.teacher == "system_prompt"
+        else "a copy of itself that is steered towards refusal"
     )
     return f"""---
 {yaml.safe_dump(front, sort_keys=False).strip()}
@@ -74,8 +79,8 @@ def model_card(
 # {base.name}, aligned with SafeSteer
 
 [`{base.name}`](#){revision} (fingerprint `{direction.model_fingerprint[:16]}`), trained to refuse harmful
-requests by localized on-policy distillation from a copy of itself that is steered towards refusal. Trained:
-{kind}, over {aligned.steps} optimizer steps. No general data and no reward model were used.
+requests by localized on-policy distillation from {teacher}. Trained: {kind}, over
+{aligned.steps} optimizer steps. No general data and no reward model were used.
 
 ## How it was made
 

@@ -79,7 +79,8 @@ def run_distillation(settings: Settings, console: RunConsole | None = None) -> A
         SafeSteerError: If the run lacks either, or they were found on another model.
     """
     work = _workspace(settings, console, trains=True)
-    return training_stage(work, saved_direction(work), saved_tokens(work))
+    direction = saved_direction(work)
+    return training_stage(work, direction, saved_tokens(work, direction))
 
 
 def _workspace(settings: Settings, console: RunConsole | None, *, trains: bool = False) -> Workspace:

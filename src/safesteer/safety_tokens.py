@@ -25,6 +25,7 @@ __all__ = [
     "find_safety_tokens",
     "safety_tokens_fingerprint",
     "select_safety_tokens",
+    "steering_fingerprint",
 ]
 
 
@@ -59,6 +60,7 @@ class SafetyTokens:
         settings: They were found with.
         fingerprint: Of everything they depend on (see `safety_tokens_fingerprint`).
         model_fingerprint: Of the model they were found on.
+        steering_fingerprint: Of the teacher's steering; empty where an earlier version did not note it.
     """
 
     tokens: tuple[SafetyToken, ...]
@@ -66,6 +68,7 @@ class SafetyTokens:
     settings: SafetyTokenSettings
     fingerprint: str
     model_fingerprint: str
+    steering_fingerprint: str = ""
 
     @property
     def ids(self) -> list[int]:
@@ -128,10 +131,19 @@ def safety_tokens_fingerprint(
             "model": model,
             "chat": chat.fingerprint,
             "prompts": tuple(prompts),
-            "steering": replace(steering, vector=steering.vector.detach().float().cpu()),
+            "steering": _on_cpu(steering),
             "settings": settings,
         }
     )
+
+
+def steering_fingerprint(steering: Steering) -> str:
+    """Hash a teacher's steering, so that tokens of another one are found out."""
+    return fingerprint(_on_cpu(steering))
+
+
+def _on_cpu(steering: Steering) -> Steering:
+    return replace(steering, vector=steering.vector.detach().float().cpu())
 
 
 def find_safety_tokens(
@@ -230,6 +242,7 @@ def find_safety_tokens(
         settings=settings,
         fingerprint=safety_tokens_fingerprint(of_model, chat, prompts, steering, settings),
         model_fingerprint=of_model,
+        steering_fingerprint=steering_fingerprint(steering),
     )
 
 

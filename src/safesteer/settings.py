@@ -5,6 +5,7 @@ A setting is one field with a type, a default and a `help` text. From that follo
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -217,6 +218,10 @@ class DistillationSettings:
             )
         if not self.peak_learning_rate > 0:
             raise SafeSteerError(f"--learning-rate is {self.learning_rate}; give a number above 0.")
+        if not 0 <= self.warmup_ratio < 1:
+            raise SafeSteerError(
+                f"--warmup-ratio is {self.warmup_ratio}; give a share of the steps, from 0 to below 1."
+            )
         if not self.lora and self.teacher == "adapter_off":
             raise SafeSteerError(
                 "--teacher adapter_off needs a LoRA adapter to switch off; leave --full out or take "
@@ -290,7 +295,7 @@ _WITHOUT_EFFECT = {
 
 def _positive(settings: DistillationSettings, *names: str) -> None:
     for name in names:
-        if not getattr(settings, name) > 0:
+        if not 0 < getattr(settings, name) < math.inf:
             flag = name.replace("_", "-")
             raise SafeSteerError(f"--{flag} is {getattr(settings, name)}; give a number above 0.")
 

@@ -17,7 +17,12 @@ from safesteer.console import ProgressCallback
 from safesteer.direction import RefusalDirection, direction_fingerprint, find_refusal_direction
 from safesteer.errors import SafeSteerError
 from safesteer.out_of_memory import with_smaller_batches
-from safesteer.safety_tokens import SafetyTokens, find_safety_tokens, safety_tokens_fingerprint
+from safesteer.safety_tokens import (
+    SafetyTokens,
+    find_safety_tokens,
+    safety_tokens_fingerprint,
+    steering_fingerprint,
+)
 from safesteer.workspace import Workspace
 
 Found = TypeVar("Found")
@@ -58,7 +63,9 @@ def direction_stage(work: Workspace) -> RefusalDirection:
         direction = replace(direction, fingerprint=wanted)
         direction.save(work.folder)
     flips = (
-        "" if math.isnan(direction.flip_rate) else f"; flips {direction.flip_rate:.0%} of answered prompts"
+        ""
+        if math.isnan(direction.flip_rate)
+        else f"; flips {direction.flip_rate:.0%} of {direction.flip_answered} answered {direction.flip_prompts} prompts"
     )
     where = " at the post-instruction tokens" if direction.at else ""
     work.console.summary(
@@ -146,8 +153,10 @@ def saved_direction(work: Workspace) -> RefusalDirection:
     return direction
 
 
-def saved_tokens(work: Workspace) -> SafetyTokens:
+def saved_tokens(work: Workspace, direction: RefusalDirection) -> SafetyTokens:
     """Load the safety tokens that are in the run, whatever settings they were found with.
+
+    Says so when they were found with another direction than the one they are to be used with.
 
     Raises:
         SafeSteerError: If there are none, they are corrupt, or they were found on another model.
@@ -155,6 +164,11 @@ def saved_tokens(work: Workspace) -> SafetyTokens:
     _require(work.folder / TOKENS_FILE, "safesteer tokens")
     tokens = SafetyTokens.load(work.folder)
     tokens.require_model(work.model_fingerprint)
+    if tokens.steering_fingerprint not in ("", steering_fingerprint(direction.steering)):
+        work.console.note(
+            f"{work.folder / TOKENS_FILE}: found with another direction than {DIRECTION_FILE} holds now; "
+            f"`safesteer tokens --output {work.folder}` finds those of this one."
+        )
     return tokens
 
 

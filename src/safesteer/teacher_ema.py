@@ -5,11 +5,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
 from safesteer.artifacts import read_tensors, write_tensors
 from safesteer.steering import Steering
-from safesteer.teacher import FrozenCopyTeacher
+from safesteer.teacher import FrozenCopyTeacher, adapter_off
 
 _FILE = "safesteer_teacher.safetensors"
 
@@ -32,6 +33,33 @@ class EmaTeacher(FrozenCopyTeacher):
         super().__init__(model, steering, layer_path)
         self.rate = rate
         self._averages: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def completion_hidden_states(
+        self,
+        student: nn.Module,
+        prompt_ids: Tensor,
+        prompt_mask: Tensor,
+        completion_ids: Tensor,
+        completion_mask: Tensor,
+        steered: Tensor,
+    ) -> Tensor:
+        """Score responses with the copy, and anchors with its adapter off: by the base model (see `Teacher`).
+
+        A fully trained copy has no base model left in it: there anchors are scored by the unsteered average.
+        """
+        inputs = (prompt_ids, prompt_mask, completion_ids, completion_mask, steered)
+        copy = self.unwrapped()
+        if not isinstance(copy, PeftModel) or bool(steered.all()):
+            return super().completion_hidden_states(student, *inputs)
+        with adapter_off(copy):
+            anchors = super().completion_hidden_states(student, *(tensor[~steered] for tensor in inputs))
+        if not steered.any():
+            return anchors
+        hidden = anchors.new_empty(len(steered), *anchors.shape[1:])
+        hidden[~steered] = anchors
+        hidden[steered] = super().completion_hidden_states(student, *(tensor[steered] for tensor in inputs))
+        return hidden
 
     @torch.no_grad()
     def update(self, student: nn.Module) -> None:

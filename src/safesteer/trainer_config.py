@@ -1,5 +1,6 @@
 """Settings of the distillation stage, `SafeSteerConfig`."""
 
+import math
 from dataclasses import dataclass, field
 from typing import get_args
 
@@ -176,6 +177,14 @@ class SafeSteerConfig(DistillationConfig):  # type: ignore[misc, unused-ignore]
             ),
             ("max_prompt_length must be at least 1", self.max_prompt_length < 1),
             (
+                "skip_tokens must be below max_completion_length, or no token counts",
+                self.skip_tokens >= self.max_completion_length,
+            ),
+            (
+                "divergence_chunk_size must be at least 1",
+                self.divergence_chunk_size is not None and self.divergence_chunk_size < 1,
+            ),
+            (
                 "refresh_steps needs teacher ema, a frozen teacher's direction stays",
                 self._refresh_without_ema(),
             ),
@@ -187,6 +196,15 @@ class SafeSteerConfig(DistillationConfig):  # type: ignore[misc, unused-ignore]
             longest: int = self.max_completion_length
             self.max_completion_length: int = min(longest, self.first_tokens)
         super().__post_init__()
+
+    def get_warmup_steps(self, num_training_steps: int) -> int:
+        """Whole steps of warm-up that fit into the share `warmup_steps`.
+
+        transformers rounds up, and gives the first step of any warm-up rate 0: a training of one step would train nothing.
+        """
+        if self.warmup_steps < 1:
+            return math.floor(num_training_steps * self.warmup_steps)
+        return int(self.warmup_steps)
 
     def _refresh_without_ema(self) -> bool:
         return self.refresh_steps > 0 and self.teacher != "ema"

@@ -6,6 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+)
+from trl.import_utils import is_vllm_available
 
 from safesteer.coercion import closest
 from safesteer.errors import SafeSteerError, one_line
@@ -123,6 +128,7 @@ def training_arguments(settings: Settings) -> SafeSteerConfig:
         # None is off too, but without transformers' warning of the name it is about to change.
         "gradient_checkpointing": distillation.gradient_checkpointing or None,
     }
+    _require_packages(settings)
     if not distillation.use_vllm:
         # A model that training has broken then answers at random instead of failing inside the sampler, and
         # the trainer stops at its loss, which it can tell from other failures.
@@ -147,8 +153,25 @@ def training_arguments(settings: Settings) -> SafeSteerConfig:
     return args
 
 
-def lora_config(settings: DistillationSettings) -> LoraConfig | None:
-    """Return the adapter to train; None when all weights are trained."""
+def _require_packages(settings: Settings) -> None:
+    """Refuse trackers and samplers that are not there before anything is computed."""
+    installed = get_available_reporting_integrations()
+    for tracker in settings.run.report_to:
+        if tracker in ("all", "none"):
+            continue
+        if tracker not in INTEGRATION_TO_CALLBACK:
+            raise SafeSteerError(
+                f"--report-to: there is no tracker {tracker!r}{closest(tracker, INTEGRATION_TO_CALLBACK)}; "
+                f"transformers knows {', '.join(sorted(INTEGRATION_TO_CALLBACK))}."
+            )
+        if tracker not in installed:
+            raise SafeSteerError(f"--report-to {tracker}: is not installed; run `pip install {tracker}`.")
+    if settings.distillation.use_vllm and not is_vllm_available():
+        raise SafeSteerError("--use-vllm: vLLM is not installed; run `pip install 'safesteer[vllm]'`.")
+
+
+def lora_config(settings: DistillationSettings, revision: str | None = None) -> LoraConfig | None:
+    """Return the adapter to train, of a base model's `revision`; None when all weights are trained."""
     if not settings.lora:
         return None
     targets = settings.lora_targets
@@ -159,4 +182,5 @@ def lora_config(settings: DistillationSettings) -> LoraConfig | None:
         lora_dropout=0.0,
         bias="none",
         task_type="CAUSAL_LM",
+        revision=revision,
     )

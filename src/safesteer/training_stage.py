@@ -4,12 +4,14 @@ import contextlib
 import math
 import shutil
 import time
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -180,7 +182,7 @@ def _trained(
             work.chat,
             direction,
             tokens,
-            lora_config(settings),
+            lora_config(settings, work.settings.model.revision),
             probe_sets(work),
             layer_path=work.settings.model.layer_path,
             refresh=_refresh(work) if settings.refresh_steps else None,
@@ -236,12 +238,31 @@ def _checkpoint_to_continue(work: Workspace, checkpoints: Path, wanted: str) -> 
             shutil.rmtree(checkpoints, ignore_errors=True)
             write_json(record, {"fingerprint": wanted})
         return None
-    whole = [path.parent for path in checkpoints.glob(f"checkpoint-*/{_LAST_FILE}")]
+    whole = []
+    for folder in (path.parent for path in checkpoints.glob(f"checkpoint-*/{_LAST_FILE}")):
+        if damaged := _damaged_file(folder):
+            work.console.note(f"{damaged}: is damaged; the training does not continue from there.")
+        else:
+            whole.append(folder)
     if not whole:
         return None
     last = max(whole, key=lambda path: int(path.name.rpartition("-")[2]))
     work.console.note(f"continuing the training from {last}")
     return str(last)
+
+
+def _damaged_file(checkpoint: Path) -> Path | None:
+    """Find a file of a checkpoint that was cut off: weights without their header's length, or no whole archive."""
+    for path in sorted(checkpoint.iterdir()):
+        if path.suffix == ".pt" and not zipfile.is_zipfile(path):
+            return path
+        if path.suffix == ".safetensors":
+            try:
+                with safe_open(path, "pt"):
+                    pass
+            except (OSError, SafetensorError):
+                return path
+    return None
 
 
 def _save(

@@ -10,6 +10,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from safesteer.chat import Chat
+from safesteer.coercion import closest
 from safesteer.console import RunConsole
 from safesteer.errors import SafeSteerError
 from safesteer.loading import adapter_config, load_model, load_tokenizer
@@ -88,10 +89,11 @@ class Workspace:
         return cast(PreTrainedModel, loaded.merge_and_unload() if isinstance(loaded, PeftModel) else loaded)
 
     def require_trainable(self) -> None:
-        """Check that what the training would save can be loaded again.
+        """Check that there is something to train, and that what would be saved can be loaded again.
 
         Raises:
-            SafeSteerError: If the model is an adapter and another adapter is to be trained on it.
+            SafeSteerError: If the model is an adapter and another adapter is to be trained on it, or if the adapter is to
+                go to modules that the model does not have.
         """
         model = self.settings.model
         if self.settings.distillation.lora and adapter_config(model.name, model.revision) is not None:
@@ -100,6 +102,16 @@ class Workspace:
                 "merge it into its base model (merge_and_unload) and name the result, or train all weights "
                 "with --full."
             )
+        targets = self.settings.distillation.lora_targets
+        if self.settings.distillation.lora and targets != ("all-linear",):
+            paths = [f".{name}" for name, _ in self.model.named_modules()]
+            for target in targets:
+                if not any(path.endswith(f".{target}") for path in paths):
+                    near = closest(target, {path.rpartition(".")[2] for path in paths})
+                    raise SafeSteerError(
+                        f"--lora-targets: {model.name} has no module {target!r}{near}; name linear maps of its layers, "
+                        "or leave it out for all of them."
+                    )
 
     @cached_property
     def model_fingerprint(self) -> str:

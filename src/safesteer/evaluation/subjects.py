@@ -142,10 +142,12 @@ def _of_run(folder: Path, which: Sequence[Role] | None, changed: Mapping[str, An
     # Imported here: the settings of a training know the trainer, which takes seconds to import.
     from safesteer.recipes import build_settings, load_recipe
 
-    config = vars(build_settings(load_recipe(folder / "config.yaml"), {"model": changed}).model)
+    settings = build_settings(load_recipe(folder / "config.yaml"), {"model": changed})
+    config = vars(settings.model)
     present = {
         "base": True,
-        "teacher": (folder / "direction.json").is_file(),
+        # A teacher with a system prompt is not steered, and is none of these.
+        "teacher": (folder / "direction.json").is_file() and settings.distillation.teacher != "system_prompt",
         "aligned": (folder / "model").is_dir(),
     }
     wanted = _wanted(folder, which, present)
