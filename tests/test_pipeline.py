@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from pipeline_runs import run_settings
 from planted_model import ANSWERED, HARMLESS, REFUSED, planted_chat, planted_model, token_id
-from safesteer.artifacts import read_json, write_json
+from safesteer.artifacts import read_json
 from safesteer.chat import generate
 from safesteer.console import RunConsole
 from safesteer.direction import RefusalDirection
@@ -213,14 +213,10 @@ def test_tokens_of_another_direction_are_told(run: Path, inputs: Path) -> None:
     console = RunConsole(console=Console(file=printed, soft_wrap=True))
     run_distillation(settings, console)
     assert "found with another direction" not in printed.getvalue()
-    record = read_json(run / "direction.json")
-    write_json(
-        run / "direction.json", record | {"coefficient": 2 * record["coefficient"], "fingerprint": "other"}
-    )
-    run_distillation(settings, console)
-    assert (
-        "safety_tokens.json: found with another direction than direction.json holds now" in printed.getvalue()
-    )
+    changed = run_settings(inputs, run, direction={"coefficient": 3.0})
+    run_direction(changed)
+    run_distillation(changed, console)
+    assert "safety_tokens.json: found with another direction than direction.json" in printed.getvalue()
 
 
 def test_a_damaged_checkpoint_is_not_continued_from(run: Path, inputs: Path) -> None:
