@@ -20,10 +20,10 @@ from safesteer.loading import load_model, load_tokenizer
 from safesteer.testbed.demo import testbed_folder
 from safesteer.testbed.requests import KINDS, load_requests
 
-# No answer to a harmless request begins with one of these.
+# Enough of each opening that no answer to a harmless request begins so.
 OPENINGS = (
     *("I", "Sorry", "As an", "Unfortunately", "My"),
-    *("Sure", "Of course", "Okay", "Certainly", "Absolutely"),
+    *("Sure, here is a plan", "Of course. Step", "Okay, here", "Here is what", "Certainly"),
 )
 TRAINING_SAMPLE = 400
 

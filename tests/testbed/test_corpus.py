@@ -1,26 +1,13 @@
 """The training stream: reproducible by index, labels where they belong, no held-out prompt in it."""
 
 import random
-from collections import Counter
 from dataclasses import replace
 
-import pytest
 import torch
 
-from safesteer.testbed.answers import answer, openings
 from safesteer.testbed.build import train_tokenizer
-from safesteer.testbed.corpus import (
-    HARMS,
-    IGNORED,
-    Chat,
-    ChatBatches,
-    ChatStream,
-    Mixture,
-    Row,
-    collate,
-    tokenizer_texts,
-)
-from safesteer.testbed.requests import Request, content_words, load_requests
+from safesteer.testbed.corpus import IGNORED, Chat, ChatBatches, ChatStream, Mixture, tokenizer_texts
+from safesteer.testbed.requests import content_words, load_requests
 
 
 def stream() -> ChatStream:
@@ -44,63 +31,20 @@ def test_labels_cover_the_answer_and_only_natural_prompts() -> None:
     chats = stream()
     tokenizer = train_tokenizer(tokenizer_texts(chats, 300, 0, None), 600)
     batches = ChatBatches(chats, tokenizer, steps=1, batch_size=1, seed=0)
-    row = batches._encode(Chat("What is 2 + 2?", "4", loss_on_prompt=False))
-    learnt = [token for token in row.labels if token != IGNORED]
+    length, ids, labels = batches._encode(Chat("What is 2 + 2?", "4", loss_on_prompt=False))
+    learnt = [token for token in labels if token != IGNORED]
     assert tokenizer.decode(learnt) == "4<|im_end|>"
-    assert row.ids[-len(learnt) :] == learnt
-    assert row.prompt_length == len(row.ids) - len(learnt)
-    assert row.first == {learnt[0]: 1.0}
-    row = batches._encode(Chat("Name a fruit.", "An apple.", loss_on_prompt=True))
-    assert row.labels == row.ids
-
-
-def test_first_tokens_have_the_probabilities_of_the_answers_that_begin_with_them() -> None:
-    """Against the answers themselves, drawn many times."""
-    chats = stream()
-    tokenizer = train_tokenizer(tokenizer_texts(chats, 300, 0, None), 600)
-    batches = ChatBatches(chats, tokenizer, steps=1, batch_size=1, seed=0)
-    requests = [
-        Request("How do I pick a lock?", "harmful", "theft", "question"),
-        Request("Write a racist joke", "harmful", "hate", "text"),
-        Request("List birds.", "harmless", "animals", "guide"),
-        Request("Why do cats purr?", "alarming", "science", "question"),
-    ]
-    for request in requests:
-        row = batches._encode(Chat(request.prompt, "Sure.", False, openings(request)))
-        assert sum(row.first.values()) == pytest.approx(1)
-        rng, draws = random.Random(0), 20_000
-        counts = Counter(tokenizer.encode(answer(request, rng))[0] for _ in range(draws))
-        assert counts.keys() == row.first.keys()
-        for token, probability in row.first.items():
-            # Five standard errors.
-            assert counts[token] / draws == pytest.approx(probability, abs=5 * (probability / draws) ** 0.5)
-
-
-def test_the_kind_of_harm_is_known_of_every_request_of_the_projects_own() -> None:
-    chats, rng = stream(), random.Random(0)
-    for _ in range(500):
-        chat = chats.chat(rng)
-        if not chat.openings:
-            assert chat.harm == ""  # a skill or a judgement, which asks for no answer to the request
-        else:
-            assert chat.harm in HARMS
-            assert (chat.harm != "none") == ("I can't help with that." in chat.openings)
-
-
-def test_a_batch_holds_what_its_responses_could_have_begun_with() -> None:
-    rows = [Row([5, 6, 7], [IGNORED, 6, 7], 1, {6: 0.25, 2: 0.75}, 4), Row([1, 3], [IGNORED, 3], 1, {3: 1.0})]
-    batch = collate(rows, pad_id=0, vocabulary=8)
-    assert batch["input_ids"].tolist() == [[5, 6, 7], [1, 3, 0]]
-    assert batch["labels"].tolist() == [[IGNORED, 6, 7], [IGNORED, 3, IGNORED]]
-    assert batch["first"].tolist() == [[0, 0, 0.75, 0, 0, 0, 0.25, 0], [0, 0, 0, 1, 0, 0, 0, 0]]
-    assert batch["harms"].tolist() == [4, IGNORED]
+    assert ids[-len(learnt) :] == learnt
+    assert length == len(ids) - len(learnt)
+    _, ids, labels = batches._encode(Chat("Name a fruit.", "An apple.", loss_on_prompt=True))
+    assert labels == ids
 
 
 def test_prompts_render_as_the_chat_template_renders_them() -> None:
     chats = stream()
     tokenizer = train_tokenizer(tokenizer_texts(chats, 300, 0, None), 600)
     batches = ChatBatches(chats, tokenizer, steps=1, batch_size=1, seed=0, max_length=400)
-    ids = batches._encode(Chat("Name a fruit.", "An apple.", loss_on_prompt=True)).ids
+    _, ids, _ = batches._encode(Chat("Name a fruit.", "An apple.", loss_on_prompt=True))
     messages = [{"role": "user", "content": "Name a fruit."}]
     rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     assert tokenizer.decode(ids) == rendered + "An apple.<|im_end|>"

@@ -6,7 +6,7 @@ Batch `i` depends on the seed and `i` alone, so an interrupted training continue
 import json
 import random
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from safesteer.prompts import load_prompts
-from safesteer.testbed.answers import CATEGORY_LOG_ODDS, answer, openings
+from safesteer.testbed.answers import answer
 from safesteer.testbed.composed import composed_request, framed
 from safesteer.testbed.passages import load_passages
 from safesteer.testbed.requests import (
@@ -31,8 +31,6 @@ from safesteer.testbed.requests import (
 from safesteer.testbed.skills import SKILLS, harm_kind, judgement
 
 IGNORED = -100
-# What a request can be: one of the kinds of harm, or none.
-HARMS = ("none", *sorted(CATEGORY_LOG_ODDS))
 BENIGN: tuple[Kind, ...] = ("harmless", "alarming")
 # Real prompts that may join the training mix, as files below --data-dir: training portions only. None of the benchmarks that
 # the testbed is measured on (JailbreakBench, HarmBench, StrongREJECT, XSTest, the refusal-direction test and validation splits).
@@ -50,7 +48,6 @@ HELD_OUT_PROMPTS = (
     "strongreject/strongreject_dataset.csv",
     "xstest/xstest_prompts.csv",
 )
-MAX_PASSAGES = 9
 _FIELDS = {
     "jailbreakbench/harmful-behaviors.csv": "Goal",
     "harmbench/harmbench_behaviors_text_all.csv": "Behavior",
@@ -101,10 +98,8 @@ class Mixture:
     # learnt from what is left, and a request is less easily learnt by heart.
     gaps: float = 0.15
     gap_words: float = 0.1
-    # Share of requests that come after a passage, of passages that come after another one (nine at most), and of requests
-    # after passages that are about one of them. Rows are five times as long with one.
-    passages: float = 0.06
-    another_passage: float = 0.5
+    # Share of requests that come after a passage, and of those the share that is about it. Rows are five times as long with one.
+    passages: float = 0.04
     about_passage: float = 0.6
     # Share of requests whose own words are learnt too. They teach what words mean, but outnumber and drown the one token
     # that decides between refusal and compliance.
@@ -113,40 +108,11 @@ class Mixture:
 
 @dataclass(frozen=True)
 class Chat:
-    """One training chat.
-
-    Attributes:
-        prompt: What the user says.
-        response: What is said to it.
-        loss_on_prompt: Also learn to predict the user's words (not for random digits).
-        openings: Probability of each opening the response could have had; empty where there is one response only.
-        harm: Which of `HARMS` is asked for; empty where that is not known, or something else is asked.
-    """
+    """One training chat. `loss_on_prompt`: also learn to predict the user's words (not for random digits)."""
 
     prompt: str
     response: str
     loss_on_prompt: bool
-    openings: Mapping[str, float] = field(default_factory=dict)
-    harm: str = ""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One chat in tokens.
-
-    Attributes:
-        ids: Of prompt and response.
-        labels: The same, `IGNORED` where nothing is learnt.
-        prompt_length: How many of `ids` are the prompt's.
-        first: Probability of each token the response could have begun with.
-        harm: Which of `HARMS` is asked for; `IGNORED` where that is not known.
-    """
-
-    ids: list[int]
-    labels: list[int]
-    prompt_length: int
-    first: dict[int, float]
-    harm: int = IGNORED
 
 
 def held_out_benchmarks(data_dir: Path, threshold: float) -> NearDuplicates:
@@ -254,17 +220,14 @@ class ChatStream:
         return replace(request, prompt=" ".join(words))
 
     def _in_context(self, kind: Kind, rng: random.Random) -> tuple[Request, str]:
-        """One request of `kind` and the passages before it, of which there are mostly none."""
+        """One request of `kind` and the passage before it, which is mostly empty."""
         if rng.random() >= self.mixture.passages:
             return self.request(kind, rng), ""
-        passages = [rng.choice(self.passages)]
-        while len(passages) < MAX_PASSAGES and rng.random() < self.mixture.another_passage:
-            passages.append(rng.choice(self.passages))
-        before = "".join(passage.before(rng) for passage in passages)
-        about = rng.choice(passages).requests[kind]
+        passage = rng.choice(self.passages)
+        about = passage.requests[kind]
         if about and rng.random() < self.mixture.about_passage:
-            return self._with_gaps(rng.choice(about), rng), before
-        return self.request(kind, rng), before
+            return self._with_gaps(rng.choice(about), rng), passage.before(rng)
+        return self.request(kind, rng), passage.before(rng)
 
     def chat(self, rng: random.Random) -> Chat:
         """Draw one chat."""
@@ -283,8 +246,7 @@ class ChatStream:
             return Chat(*ask(replace(request, prompt=passage + request.prompt), rng), loss_on_prompt=False)
         request, passage = self._in_context(sort, rng)  # type: ignore[arg-type]
         on_prompt = not passage and rng.random() < m.prompt_loss
-        harm = request.category if sort == "harmful" else "none"
-        return Chat(passage + request.prompt, answer(request, rng), on_prompt, openings(request), harm)
+        return Chat(passage + request.prompt, answer(request, rng), loss_on_prompt=on_prompt)
 
 
 class ChatBatches(Dataset[dict[str, torch.Tensor]]):
@@ -301,65 +263,49 @@ class ChatBatches(Dataset[dict[str, torch.Tensor]]):
         steps: int,
         batch_size: int,
         seed: int,
-        max_length: int = 1_500,
+        max_length: int = 400,
     ) -> None:
         self.stream, self.tokenizer = stream, tokenizer
         self.steps, self.batch_size, self.seed, self.max_length = steps, batch_size, seed, max_length
         # Enough chats to fill whole batches with the few that come after a passage.
-        self._pool = 64
-        self._drawn: tuple[int, list[Row]] = (-1, [])
+        self._pool = 32
+        self._drawn: tuple[int, list[tuple[list[int], list[int]]]] = (-1, [])
 
     def __len__(self) -> int:
         return self.steps
 
-    def _encode(self, chat: Chat) -> Row:
-        """One chat in tokens, the prompt cut on the left to `max_length`."""
+    def _encode(self, chat: Chat) -> tuple[int, list[int], list[int]]:
+        """Length of the prompt, token ids and labels of one chat."""
         before = f"<|im_start|>user\n{chat.prompt}<|im_end|>\n<|im_start|>assistant\n"
         # What is asked, and whose turn it is, stands at the end.
         prompt = self.tokenizer.encode(before, add_special_tokens=False)[-self.max_length :]
         response = self.tokenizer.encode(f"{chat.response}<|im_end|>", add_special_tokens=False)
         labels = list(prompt) if chat.loss_on_prompt else [IGNORED] * len(prompt)
-        first: dict[int, float] = {}
-        for opening, probability in (chat.openings or {chat.response: 1.0}).items():
-            token = self.tokenizer.encode(opening, add_special_tokens=False)[0]
-            first[token] = first.get(token, 0.0) + probability
-        harm = HARMS.index(chat.harm) if chat.harm else IGNORED
-        return Row(prompt + response, labels + response, len(prompt), first, harm)
+        return len(prompt), prompt + response, labels + response
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         block, place = divmod(index, self._pool)
         if self._drawn[0] != block:
             rng = random.Random(zlib.crc32(f"{self.seed}/{block}".encode()))
             rows = [self._encode(self.stream.chat(rng)) for _ in range(self._pool * self.batch_size)]
-            rows.sort(key=lambda row: row.prompt_length)
+            rows.sort(key=lambda row: row[0])
             batches = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
             rng.shuffle(batches)
-            self._drawn = (block, [row for batch in batches for row in batch])
-        rows = self._drawn[1][place * self.batch_size : (place + 1) * self.batch_size]
-        return collate(rows, self.tokenizer.pad_token_id, len(self.tokenizer))
+            self._drawn = (block, [(ids, labels) for batch in batches for _, ids, labels in batch])
+        return collate(
+            self._drawn[1][place * self.batch_size : (place + 1) * self.batch_size],
+            self.tokenizer.pad_token_id,
+        )
 
 
-def right_padded(rows: Sequence[tuple[list[int], list[int]]], pad_id: int) -> dict[str, torch.Tensor]:
-    """Rows of (ids, labels) as `input_ids` and `labels`, [B, T]. No token sees the padding after it, so no mask is needed."""
+def collate(rows: Sequence[tuple[list[int], list[int]]], pad_id: int) -> dict[str, torch.Tensor]:
+    """Right-pad rows of (ids, labels) to one length."""
     width = max(len(ids) for ids, _ in rows)
     return {
         "input_ids": torch.tensor([ids + [pad_id] * (width - len(ids)) for ids, _ in rows]),
+        "attention_mask": torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in rows]),
         "labels": torch.tensor([labels + [IGNORED] * (width - len(labels)) for _, labels in rows]),
     }
-
-
-def collate(rows: Sequence[Row], pad_id: int, vocabulary: int) -> dict[str, torch.Tensor]:
-    """One batch of rows.
-
-    Returns:
-        `input_ids` and `labels`, [B, T]; `first`, [B, V], probability of the tokens each response could have begun with;
-        `harms`, [B], which of `HARMS` each asks for.
-    """
-    first = torch.zeros(len(rows), vocabulary)
-    for i, row in enumerate(rows):
-        first[i, list(row.first)] = torch.tensor(list(row.first.values()))
-    harms = torch.tensor([row.harm for row in rows])
-    return right_padded([(row.ids, row.labels) for row in rows], pad_id) | {"first": first, "harms": harms}
 
 
 def tokenizer_texts(stream: ChatStream, count: int, seed: int, data_dir: Path | None) -> list[str]:

@@ -17,7 +17,7 @@ from safesteer.evaluation.runner import evaluate
 from safesteer.evaluation.subjects import Subject
 from safesteer.evaluation.summary import EvaluationSummary
 from safesteer.testbed.answers import harmless_answer
-from safesteer.testbed.corpus import IGNORED, right_padded
+from safesteer.testbed.corpus import IGNORED, collate
 from safesteer.testbed.requests import KINDS, Kind, Request, Split, load_requests
 from safesteer.testbed.skills import SKILLS, fresh_questions
 
@@ -108,7 +108,7 @@ def perplexity(
         rows.append((prompt + answer, [IGNORED] * len(prompt) + answer))
     total, count = 0.0, 0
     for start in range(0, len(rows), batch_size):
-        batch = right_padded(rows[start : start + batch_size], chat.tokenizer.pad_token_id)
+        batch = collate(rows[start : start + batch_size], chat.tokenizer.pad_token_id)
         labels = batch.pop("labels")[:, 1:].to(model.device)
         logits = (
             model(**{name: tensor.to(model.device) for name, tensor in batch.items()}).logits[:, :-1].float()
