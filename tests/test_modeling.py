@@ -20,10 +20,9 @@ from safesteer.modeling import (
     hidden_size,
     language_head,
     model_fingerprint,
-    number_of_layers,
     unwrapped,
 )
-from tiny_models import KINDS, adapted, tiny_model
+from tiny_models import KINDS, adapted, multimodal_model, tiny_model
 
 _COMMON = {"vocab_size": 160, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
 
@@ -80,7 +79,7 @@ def test_head_of_backbone_is_the_model(name: str) -> None:
 def test_layers_are_those_that_run_in_turn(name: str) -> None:
     model = BUILDERS[name]()
     layers = decoder_layers(model)
-    assert len(layers) == number_of_layers(model) == model.config.num_hidden_layers
+    assert len(layers) == model.config.num_hidden_layers
     order: list[int] = []
     for index, layer in enumerate(layers):
         layer.register_forward_pre_hook(lambda *_, index=index: order.append(index))
@@ -147,21 +146,11 @@ def test_head_scales_before_it_caps() -> None:
 
 
 def test_the_text_part_of_a_multimodal_model() -> None:
-    text = {**tiny_model("gemma3").config.to_dict(), "final_logit_softcapping": None}
-    vision = {
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 2,
-        "image_size": 28,
-        "patch_size": 14,
-    }
-    config = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
-    model = transformers.Gemma3ForConditionalGeneration(config)
+    model = multimodal_model()
     model.eval()
     ids = _ids()
     assert decoder_layers(model) is model.model.language_model.layers
-    assert (number_of_layers(model), hidden_size(model)) == (4, 32)
+    assert (len(decoder_layers(model)), hidden_size(model)) == (4, 32)
     with torch.no_grad():
         logits = language_head(model).logits(backbone(model)(input_ids=ids).last_hidden_state)
         torch.testing.assert_close(logits, model(input_ids=ids).logits)
@@ -199,7 +188,7 @@ def test_layers_are_told_from_experts() -> None:
 
 def test_what_is_not_a_language_model_is_a_sentence() -> None:
     module = nn.Linear(2, 2)
-    for function in (decoder_layers, hidden_size, number_of_layers):
+    for function in (decoder_layers, hidden_size):
         with pytest.raises(SafeSteerError, match="the config of Linear has no"):
             function(module)
     with pytest.raises(SafeSteerError, match="Linear has no language-model head"):
@@ -221,7 +210,7 @@ def test_parts_under_an_adapter(kind: str) -> None:
         assert (hidden - without).abs().max() > 1e-3
         with lora.disable_adapter():
             torch.testing.assert_close(backbone(lora)(input_ids=ids).last_hidden_state, without)
-    assert len(decoder_layers(lora)) == number_of_layers(lora) == 4
+    assert len(decoder_layers(lora)) == 4
     assert hidden_size(lora) == 32
     assert all(part is not None for part in attention_and_mlp(decoder_layers(lora)[0]))
 

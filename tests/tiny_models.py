@@ -249,3 +249,18 @@ def _byte_characters() -> dict[int, str]:
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
+def multimodal_model() -> transformers.Gemma3ForConditionalGeneration:
+    """A Gemma 3 with a vision tower, random weights; its text part is `tiny_model("gemma3")`'s without softcap."""
+    text = {**tiny_model("gemma3").config.to_dict(), "final_logit_softcapping": None}
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    return transformers.Gemma3ForConditionalGeneration(config)

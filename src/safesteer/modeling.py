@@ -195,11 +195,6 @@ def hidden_size(model: nn.Module) -> int:
     return _text_config_number(unwrapped(model), "hidden_size")
 
 
-def number_of_layers(model: nn.Module) -> int:
-    """Return the number `L` of decoder layers."""
-    return _text_config_number(unwrapped(model), "num_hidden_layers")
-
-
 def model_fingerprint(model: nn.Module) -> str:
     """Identify a base model by its config and weights, so that artifacts are never used with another model.
 

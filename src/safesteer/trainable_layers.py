@@ -100,26 +100,60 @@ def adapter_from(
     Raises:
         SafeSteerError: If the config cannot exclude modules, or asks for layers below only.
     """
-    restricted: Any = copy.copy(config)
-    if not hasattr(restricted, "exclude_modules"):
+    if not hasattr(config, "exclude_modules"):
         raise SafeSteerError(
             f"train_layers from_steered cannot restrict a {type(config).__name__}; use a LoraConfig or "
             "train all layers."
         )
-    if _asks_below_only(restricted, layer):
+    asked: Any = config
+    if _asks_below_only(config, layer):
         raise SafeSteerError(
-            f"the adapter's layers_to_transform {restricted.layers_to_transform} leave none from the steered layer {layer} on; "
+            f"the adapter's layers_to_transform {asked.layers_to_transform} leave none from the steered layer {layer} on; "
             "widen them or set train_layers to all."
         )
     if layer == 0:
         return config
+    path = re.escape(_path_of_layers(model, layer_path))
+    return _excluding(config, rf"{path}\.({'|'.join(map(str, range(layer)))})\..*")
+
+
+def adapter_of_decoder(config: PeftConfig, model: nn.Module, layer_path: str | None = None) -> PeftConfig:
+    """Keep an adapter for "all-linear" off a vision tower: no prompt here has an image.
+
+    Args:
+        config: The adapter asked for; left as it is.
+        model: The model without adapter.
+        layer_path: Where the decoder layers are, if they cannot be found.
+
+    Returns:
+        The config itself for models of text alone, and for modules that were named.
+    """
+    if getattr(config, "target_modules", None) != "all-linear":
+        return config
+    path = _path_of_layers(model, layer_path)
+    decoder = path.removesuffix(path.rpartition(".")[2])
+    head = language_head(model).weight
+    outside = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module.weight is not head and not name.startswith(decoder)
+    ]
+    return _excluding(config, "|".join(map(re.escape, outside))) if outside else config
+
+
+def _path_of_layers(model: nn.Module, layer_path: str | None) -> str:
     layers = decoder_layers(model, layer_path)
-    path = next(name for name, module in model.named_modules() if module is layers)
-    below = rf"{re.escape(path)}\.({'|'.join(map(str, range(layer)))})\..*"
+    path: str = next(name for name, module in model.named_modules() if module is layers)
+    return path
+
+
+def _excluding(config: PeftConfig, pattern: str) -> PeftConfig:
+    """A copy that leaves out the modules whose whole names match `pattern`, besides those left out already."""
+    restricted: Any = copy.copy(config)
     excluded = restricted.exclude_modules or []
     if not isinstance(excluded, str):
         excluded = "|".join(rf"(.*\.)?{re.escape(name)}" for name in sorted(excluded))
-    restricted.exclude_modules = f"({excluded})|({below})" if excluded else below
+    restricted.exclude_modules = f"({excluded})|({pattern})" if excluded else pattern
     return cast(PeftConfig, restricted)
 
 

@@ -44,6 +44,7 @@ from safesteer.teacher_copies import copy_of_kind
 from safesteer.teacher_ema import EmaTeacher, load_teacher, save_teacher
 from safesteer.trainable_layers import (
     adapter_from,
+    adapter_of_decoder,
     first_trained_layer,
     freeze_below,
     remove_adapters_below,
@@ -122,6 +123,8 @@ class SafeSteerTrainer(DistillationTrainer):  # type: ignore[misc, unused-ignore
             model, args, steering, peft_config, has_refresh=refresh is not None, has_probe=probe is not None
         )
         self._first_layer = first_trained_layer(model, args, steering, peft_config)
+        if peft_config is not None:
+            peft_config = adapter_of_decoder(peft_config, model, layer_path)
         if self._first_layer is not None:
             if peft_config is not None:
                 peft_config = adapter_from(peft_config, model, self._first_layer, layer_path)
