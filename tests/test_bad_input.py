@@ -219,7 +219,10 @@ def test_bad_flags_and_recipes(bench: Bench) -> None:
     assert bench.align("--report-to", "tensorbord").startswith(
         "--report-to: there is no tracker 'tensorbord' (did you mean 'tensorboard'?)"
     )
-    assert "has no module 'q_pro' (did you mean 'q_proj'?)" in bench.align("--lora-targets", "q_pro")
+    for flags in ([], ["--dry-run"]):
+        told = bench.align("--lora-targets", "q_pro", *flags)
+        assert told.startswith("--lora-targets: the model has no linear map 'q_pro' (did you mean 'q_proj'?)")
+    assert "no linear map 'mlp'" in bench.align("--lora-targets", "mlp")
     assert "skip_tokens must be below max_completion_length" in bench.align("--skip-tokens", "5000")
     assert not bench.output.exists()
     bench.recipe.write_text("distillation:\n  learnin_rate: 1e-4\n")

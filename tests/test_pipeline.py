@@ -24,6 +24,7 @@ from safesteer.chat import generate
 from safesteer.console import RunConsole
 from safesteer.direction import RefusalDirection
 from safesteer.errors import SafeSteerError
+from safesteer.evaluation.subjects import subjects_of
 from safesteer.loading import load_model, load_tokenizer
 from safesteer.modeling import model_fingerprint
 from safesteer.pipeline import align, run_direction, run_distillation, run_tokens
@@ -331,6 +332,12 @@ def test_other_teachers_run_from_settings_alone(teacher: str, run: Path, inputs:
     result = align(run_settings(inputs, run, distillation=training))
     losses = [entry["loss"] for entry in result.model.log if "loss" in entry]
     assert len(losses) == 2 and all(loss == loss for loss in losses)
+    card = (result.model.folder / "README.md").read_text()
+    assert ("from itself under a safety system prompt." in card) == (teacher == "system_prompt")
+    assert f"of {result.direction.flip_answered} harmful validation prompts" in card
+    # The steered teacher is not what a system prompt's student learnt from.
+    roles = {subject.name for subject in subjects_of(run)}
+    assert roles == {"base", "aligned"} | ({"teacher"} if teacher != "system_prompt" else set())
 
 
 def test_settings_are_frozen() -> None:

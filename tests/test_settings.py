@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from safesteer import training_arguments as arguments_module
 from safesteer.coercion import coerce
 from safesteer.errors import SafeSteerError
 from safesteer.recipes import build_settings, load_recipe, setting_fields
@@ -277,6 +278,15 @@ def test_settings_become_the_trainer_s_arguments(tmp_path: Path) -> None:
 def test_unknown_trainer_arguments_are_told_with_the_closest() -> None:
     with pytest.raises(SafeSteerError, match=r"no 'adam_beta_2' \(did you mean 'adam_beta2'\?\)"):
         training_arguments(build_settings({"distillation": {"trainer_args": {"adam_beta_2": 0.9}}}))
+
+
+def test_packages_that_are_not_installed_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arguments_module, "is_vllm_available", lambda: False)
+    with pytest.raises(SafeSteerError, match="vLLM is not installed; run `pip install 'safesteer.vllm.'`"):
+        training_arguments(build_settings({"distillation": {"use_vllm": True}}))
+    monkeypatch.setattr(arguments_module, "get_available_reporting_integrations", list)
+    with pytest.raises(SafeSteerError, match="--report-to wandb: is not installed"):
+        training_arguments(build_settings({"run": {"report_to": ("wandb",)}}))
 
 
 def test_the_trainer_s_refusals_are_sentences() -> None:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from peft import get_peft_model
-from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -23,6 +22,7 @@ from safesteer.training_arguments import (
     memory_remedies,
     micro_batches,
     number_of_processes,
+    require_lora_targets,
 )
 from safesteer.workspace import Workspace
 
@@ -307,15 +307,10 @@ def _adapter_parameters(model: PreTrainedModel, distillation: DistillationSettin
     adapter = lora_config(distillation)
     if adapter is None:
         return 0
+    require_lora_targets(model, distillation)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what PEFT has to say it will say again when the model is trained
-        try:
-            adapted = get_peft_model(model, adapter)
-        except NoMatchingPeftModuleError as error:
-            raise SafeSteerError(
-                f"--lora-targets: {', '.join(distillation.lora_targets)}: the model has no such modules; name linear maps of "
-                "its layers, or leave it out for all of them."
-            ) from error
+        adapted = get_peft_model(model, adapter)
     return sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
+from torch import nn
 from transformers.integrations.integration_utils import (
     INTEGRATION_TO_CALLBACK,
     get_available_reporting_integrations,
@@ -168,6 +169,28 @@ def _require_packages(settings: Settings) -> None:
             raise SafeSteerError(f"--report-to {tracker}: is not installed; run `pip install {tracker}`.")
     if settings.distillation.use_vllm and not is_vllm_available():
         raise SafeSteerError("--use-vllm: vLLM is not installed; run `pip install 'safesteer[vllm]'`.")
+
+
+def require_lora_targets(model: nn.Module, settings: DistillationSettings) -> None:
+    """Check that a model has every module that the adapter is to go to; PEFT is content with one of them.
+
+    Raises:
+        SafeSteerError: Naming the first that it lacks, or that is no linear map.
+    """
+    if not settings.lora or settings.lora_targets == ("all-linear",):
+        return
+    maps = [
+        f".{name}"
+        for name, module in model.named_modules()
+        if getattr(getattr(module, "weight", None), "ndim", 0) == 2
+    ]
+    for target in settings.lora_targets:
+        if not any(path.endswith(f".{target}") for path in maps):
+            near = closest(target, {path.rpartition(".")[2] for path in maps})
+            raise SafeSteerError(
+                f"--lora-targets: the model has no linear map {target!r}{near}; name those of its layers, or leave it "
+                "out for all of them."
+            )
 
 
 def lora_config(settings: DistillationSettings, revision: str | None = None) -> LoraConfig | None:

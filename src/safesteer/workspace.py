@@ -10,7 +10,6 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from safesteer.chat import Chat
-from safesteer.coercion import closest
 from safesteer.console import RunConsole
 from safesteer.errors import SafeSteerError
 from safesteer.loading import adapter_config, load_model, load_tokenizer
@@ -18,7 +17,7 @@ from safesteer.modeling import model_fingerprint
 from safesteer.prompts import PromptSet, load_prompts
 from safesteer.settings import Settings
 from safesteer.trainer_config import SafeSteerConfig
-from safesteer.training_arguments import training_arguments
+from safesteer.training_arguments import require_lora_targets, training_arguments
 
 BUNDLED_HARMLESS = ("testbed/prompts/harmless_train.jsonl", "testbed/prompts/alarming_train.jsonl")
 """The project's own harmless prompts, inside the package: everyday ones, and ones that only sound harmful."""
@@ -102,16 +101,7 @@ class Workspace:
                 "merge it into its base model (merge_and_unload) and name the result, or train all weights "
                 "with --full."
             )
-        targets = self.settings.distillation.lora_targets
-        if self.settings.distillation.lora and targets != ("all-linear",):
-            paths = [f".{name}" for name, _ in self.model.named_modules()]
-            for target in targets:
-                if not any(path.endswith(f".{target}") for path in paths):
-                    near = closest(target, {path.rpartition(".")[2] for path in paths})
-                    raise SafeSteerError(
-                        f"--lora-targets: {model.name} has no module {target!r}{near}; name linear maps of its layers, "
-                        "or leave it out for all of them."
-                    )
+        require_lora_targets(self.model, self.settings.distillation)
 
     @cached_property
     def model_fingerprint(self) -> str:
