@@ -91,16 +91,19 @@ def test_contextual_behaviors_come_with_their_context(shared_data: Path) -> None
     assert len(wanted) == 100
 
 
-def test_harmbenchs_test_split_has_its_functional_categories(shared_data: Path) -> None:
-    rows = rows_of(shared_data / "harmbench/harmbench_behaviors_text_test.csv")
+@pytest.mark.parametrize(("split", "file", "size"), [("validation", "val", 60), ("test", "test", 240)])
+def test_harmbenchs_splits_have_their_functional_categories(
+    shared_data: Path, split: str, file: str, size: int
+) -> None:
+    rows = rows_of(shared_data / f"harmbench/harmbench_behaviors_text_{file}.csv")
     wanted = {
         row["BehaviorID"]: row["FunctionalCategory"]
         for row in rows
         if row["FunctionalCategory"] != "copyright"
     }
-    loaded = load_benchmark("harmbench-test", data_dir=shared_data)
+    loaded = load_benchmark(f"harmbench-{split}", data_dir=shared_data)
     assert {prompt.id: prompt.category for prompt in loaded} == wanted
-    assert len(loaded) == BENCHMARKS["harmbench-test"].size == 240
+    assert len(loaded) == BENCHMARKS[f"harmbench-{split}"].size == size
     standard = {prompt.prompt for prompt in loaded if prompt.category == "standard"}
     assert standard < {prompt.prompt for prompt in load_benchmark("harmbench", data_dir=shared_data)}
     contextual = {prompt.prompt for prompt in loaded if prompt.category == "contextual"}

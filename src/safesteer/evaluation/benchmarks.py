@@ -44,6 +44,31 @@ def _harmbench(name: str, title: str, config: str, size: int, notes: str) -> Ben
     )
 
 
+def _harmbench_split(name: str, title: str, local_path: str, size: int, notes: str) -> Benchmark:
+    """HarmBench's two sorts of behaviors in one of its authors' splits, which are no hub dataset."""
+    return Benchmark(
+        name=name,
+        title=title,
+        published="github.com/centerforaisafety/HarmBench, data/behavior_datasets",
+        licence="MIT",
+        prompt_field="Behavior",
+        category_field="FunctionalCategory",
+        id_field="BehaviorID",
+        kind="harmful",
+        size=size,
+        authors_judge="HarmBench classifier (cais/HarmBench-Llama-2-13b-cls)",
+        citation="2402.04249",
+        local_paths=(local_path,),
+        where=Where(
+            ("FunctionalCategory",),
+            lambda category: category != "copyright",
+            "FunctionalCategory is 'standard' or 'contextual'",
+        ),
+        context_field="ContextString",
+        notes=notes,
+    )
+
+
 def _jailbreakbench(name: str, title: str, split: str, kind: Kind, judge: str, path: str) -> Benchmark:
     """One half of JailbreakBench's behaviours."""
     return Benchmark(
@@ -157,26 +182,19 @@ _ALL = (
         100,
         "The context is put before the behavior with a line '---' between, as the authors do.",
     ),
-    Benchmark(
-        name="harmbench-test",
-        title="HarmBench, test split",
-        published="github.com/centerforaisafety/HarmBench, data/behavior_datasets",
-        licence="MIT",
-        prompt_field="Behavior",
-        category_field="FunctionalCategory",
-        id_field="BehaviorID",
-        kind="harmful",
-        size=240,
-        authors_judge="HarmBench classifier (cais/HarmBench-Llama-2-13b-cls)",
-        citation="2402.04249",
-        local_paths=("harmbench/harmbench_behaviors_text_test.csv",),
-        where=Where(
-            ("FunctionalCategory",),
-            lambda category: category != "copyright",
-            "FunctionalCategory is 'standard' or 'contextual'",
-        ),
-        context_field="ContextString",
-        notes="What is left when the validation split, on which directions are often chosen, is set aside; its standard "
+    _harmbench_split(
+        "harmbench-validation",
+        "HarmBench, validation split",
+        "harmbench/harmbench_behaviors_text_val.csv",
+        60,
+        "To choose settings on, if `harmbench-test` is what is reported; standard and contextual behaviors are its categories.",
+    ),
+    _harmbench_split(
+        "harmbench-test",
+        "HarmBench, test split",
+        "harmbench/harmbench_behaviors_text_test.csv",
+        240,
+        "What is left when the validation split, on which directions are often chosen, is set aside; its standard "
         "and contextual behaviors are its categories.",
     ),
     _jailbreakbench(
@@ -319,8 +337,12 @@ SUITES: dict[str, tuple[str, ...]] = {
         "strongreject+prefill20",
     ),
     "testbed": ("testbed-harmful", "testbed-harmless", "alarming"),
-    # HarmBench's test split is a part of HarmBench, which is there whole.
-    "all": tuple(name for name in BENCHMARKS if name != "harmbench-test" and not name.startswith("testbed-")),
+    # HarmBench's splits are parts of HarmBench, which is there whole.
+    "all": tuple(
+        name
+        for name in BENCHMARKS
+        if name not in ("harmbench-validation", "harmbench-test") and not name.startswith("testbed-")
+    ),
 }
 """Suite to names of benchmarks, with variants where `safesteer.evaluation.variants` makes them."""
 
