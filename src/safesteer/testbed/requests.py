@@ -187,11 +187,6 @@ def phrasing_in(prompt: str) -> str:
     return "bare"
 
 
-def likely_phrasing(prompt: str, act: str) -> str:
-    """The phrasing family of a finished request whose `act` is known, or empty."""
-    return "text" if act.startswith("> ") else phrasing_in(prompt)
-
-
 def act_of(prompt: str) -> str | None:
     """The act that a harmless request asks about ("How do I prune roses?" → "prune roses"), or None."""
     for pattern in _ACT_PATTERNS:
@@ -315,17 +310,14 @@ def load_requests(kind: Kind, split: Split) -> list[Request]:
     except FileNotFoundError:
         raise SafeSteerError(f"the testbed's prompt file {name} is missing; reinstall safesteer") from None
     rows = map(json.loads, text.splitlines())
-    return [
-        Request(**{"kind": kind, "phrasing": likely_phrasing(row["prompt"], row.get("act", "")), **row})
-        for row in rows
-    ]
+    return [Request(**{"kind": kind, "phrasing": phrasing_in(row["prompt"]), **row}) for row in rows]
 
 
 def _write(path: Path, requests: Iterable[Request]) -> None:
     lines = []
     for request in requests:
         # What `load_requests` finds out again is left out.
-        known = {"kind": request.kind, "phrasing": likely_phrasing(request.prompt, request.act), "act": ""}
+        known = {"kind": request.kind, "phrasing": phrasing_in(request.prompt), "act": ""}
         row = {key: value for key, value in asdict(request).items() if value != known.get(key)}
         lines.append(json.dumps(row, separators=(",", ":")) + "\n")
     path.write_text("".join(lines), encoding="utf-8")
