@@ -76,8 +76,9 @@ def test_offloaded_copy_is_bit_identical(kind: str, steering: Steering | None) -
         assert torch.equal(hidden_states(copied, steering), expected)
     if steering is not None:
         unsteered = hidden_states(copied)
-        assert not torch.equal(unsteered[0], expected[0])
-        assert torch.equal(unsteered[1], expected[1]), "the second row is not to be steered"
+        assert not torch.allclose(unsteered[0], expected[0], atol=1e-3)
+        # Not to the bit: an expert multiplies the rows' tokens together, and how many it gets depends on the steered row.
+        torch.testing.assert_close(unsteered[1], expected[1])
 
 
 def test_only_the_running_layer_has_weights() -> None:
