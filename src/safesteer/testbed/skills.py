@@ -9,8 +9,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from safesteer.testbed.requests import Request, load_requests
-from safesteer.testbed.splits import Split
+from safesteer.testbed.requests import Request, Split, load_requests
 
 CAPITALS = {
     "France": "Paris",
