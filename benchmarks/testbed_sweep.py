@@ -1,9 +1,9 @@
 """Sweep the testbed's settings on validation prompts: the frontier of safety, over-refusal and skills (method §6.7).
 
-    python benchmarks/testbed_sweep.py --output runs/sweep [--only NAME …] [--seeds 0 1 2]
+    python benchmarks/testbed_sweep.py --output runs/sweep [--only NAME …] [--seeds 0 1 2] [--data-dir DIR]
 
-Each point is one `safesteer demo` on the validation split. Points that are there are kept; `results/testbed_sweep.json` has
-one row a point, and docs/choosing-settings.md reads from it.
+Each point is one `safesteer demo` on the validation split and, with --data-dir, HarmBench's validation behaviours. Points
+that are there are kept; `results/testbed_sweep.json` has one row a point, and docs/choosing-settings.md reads from it.
 """
 
 import argparse
@@ -14,9 +14,14 @@ from typing import Any
 
 from safesteer.artifacts import fingerprint
 from safesteer.console import RunConsole
+from safesteer.evaluation.runner import evaluate
+from safesteer.evaluation.subjects import Subject, subjects_of
 from safesteer.testbed.demo import demo_settings, run_demo
+from safesteer.testbed.measure import ANSWER_TOKENS, JUDGE
 
 RESULTS = Path(__file__).parent / "results" / "testbed_sweep.json"
+BENCHMARK = "harmbench-validation"
+KEPT = ("base", "teacher", "aligned", "harmbench_validation", "seconds")
 Point = dict[str, dict[str, Any]]
 
 
@@ -41,6 +46,7 @@ PAPER: Point = {
         "contrast": "harmless",
         "criterion": "ablation",
         "positions": "all",
+        "prune_layers_above": 0.8,
     },
     "safety_tokens": {
         "prompts": "harmless",
@@ -69,8 +75,8 @@ POINTS: dict[str, Point] = {
     "anchor-0.25": distillation(anchor_fraction=0.25),
     "anchor-0.375": distillation(anchor_fraction=0.375),
     "anchor-0.75": distillation(anchor_fraction=0.75),
-    "all-layers": distillation(train_layers="all"),
-    "all-layers-no-anchor": distillation(train_layers="all", anchor_fraction=0.0),
+    # The steered layer is the last one here, so it alone is trained.
+    "steered-layer-on": distillation(train_layers="auto"),
     "rank-1": distillation(lora_rank=1, lora_alpha=2),
     "rank-32": distillation(lora_rank=32, lora_alpha=64),
     "steps-60": distillation(steps=60),
@@ -87,6 +93,7 @@ POINTS: dict[str, Point] = {
                 "criterion": "ablation",
                 "coefficient": c,
                 "positions": "all",
+                "prune_layers_above": 0.8,
             }
         }
         for c in (1.0, 1.5, 2.0)
@@ -94,7 +101,9 @@ POINTS: dict[str, Point] = {
     "by-ablation": {"direction": {"criterion": "ablation"}},
     # Steered at every position, as in the paper.
     **{f"everywhere-c{c:g}": {"direction": {"positions": "all", "coefficient": c}} for c in (1.5, 2.5, 5.0)},
-    **{f"c-{c:g}": {"direction": {"coefficient": c}} for c in (3.0, 5.0, 12.0)},
+    **{f"c-{c:g}": {"direction": {"coefficient": c}} for c in (1.5, 4.0, 8.0)},
+    # The method leaves out the last fifth of the layers.
+    "earlier-layer": {"direction": {"prune_layers_above": 0.8}},
     "ema-teacher": distillation(teacher="ema", ema_rate=0.02),
     "tokens-as-paper": {
         "safety_tokens": {"minimum_probability": 1e-8, "votes_per_position": 200, "size": 50}
@@ -120,11 +129,12 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/sweep"))
     parser.add_argument("--only", nargs="*", default=list(POINTS), choices=list(POINTS), metavar="NAME")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
+    parser.add_argument("--data-dir", type=Path, help="Folder of `safesteer evaluate --data-dir`.")
     args = parser.parse_args()
     table = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for seed in args.seeds:
         for name in args.only:
-            row = run_point(args.output, name, seed)
+            row = run_point(args.output, name, seed, args.data_dir)
             table[f"{name}/{seed}"] = row
             RESULTS.parent.mkdir(exist_ok=True)
             RESULTS.write_text(json.dumps(dict(sorted(table.items())), indent=1) + "\n")
@@ -132,7 +142,7 @@ def main() -> None:
             print(f"{name}/{seed}", *(f"{key} {row['aligned'][key]:.2f}" for key in shown), flush=True)
 
 
-def run_point(output: Path, name: str, seed: int) -> dict[str, Any]:
+def run_point(output: Path, name: str, seed: int, data_dir: Path | None) -> dict[str, Any]:
     """Align and measure one point, or read what it came to."""
     point = POINTS[name]
     folder = output / f"{name}-{seed}"
@@ -157,11 +167,33 @@ def run_point(output: Path, name: str, seed: int) -> dict[str, Any]:
         for row in log
         if "student_mass" in row
     ]
+    if data_dir:
+        record["harmbench_validation"] = answered_of_harmbench(folder, data_dir)
     return {
-        **{key: value for key, value in record.items() if key in ("base", "teacher", "aligned", "seconds")},
+        **{key: value for key, value in record.items() if key in KEPT},
         "changed": point,
         "mass": masses[4::5],
     }
+
+
+def answered_of_harmbench(run: Path, data_dir: Path) -> dict[str, int]:
+    """How many of HarmBench's validation behaviours base and aligned model answer, and how many were asked."""
+    summary = evaluate(
+        [
+            subject
+            for subject in subjects_of(run, ("base", "aligned"), device="cpu")
+            if isinstance(subject, Subject)
+        ],
+        (BENCHMARK,),
+        (JUDGE,),
+        run / "harmbench",
+        data_dir=data_dir,
+        max_new_tokens=ANSWER_TOKENS,
+        batch_size=16,
+        logs=False,
+    )
+    unsafe = {name: summary.find(name, BENCHMARK, JUDGE).rates.unsafe for name in ("base", "aligned")}
+    return {**{name: rate.count for name, rate in unsafe.items()}, "asked": unsafe["base"].n}
 
 
 if __name__ == "__main__":

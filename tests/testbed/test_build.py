@@ -9,10 +9,22 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from transformers import TrainingArguments
 
 from safesteer.chat import Chat
 from safesteer.loading import load_model, load_tokenizer
-from safesteer.testbed.build import BuildSettings, build, widened
+from safesteer.testbed.batches import IGNORED, ChatBatches
+from safesteer.testbed.build import (
+    BuildSettings,
+    DecisionTrainer,
+    build,
+    decision_loss,
+    harm_directions,
+    new_model,
+    train_tokenizer,
+    widened,
+)
+from safesteer.testbed.corpus import HARMS, ChatStream, Mixture, tokenizer_texts
 from safesteer.testbed.demo import testbed_folder as bundled
 
 TINY = BuildSettings(
@@ -101,3 +113,60 @@ def test_the_committed_weights_are_small_and_plain(committed: Path) -> None:
     assert config["model_type"] == "qwen3"
     recipe = json.loads((committed / "recipe.json").read_text())
     assert recipe["parameters"] == sum(tensor.numel() for tensor in weights.values())
+
+
+@pytest.mark.parametrize("weight", [1.0, 5.0])
+def test_the_first_token_of_a_response_counts_as_often_as_asked(weight: float) -> None:
+    """Against a sum token by token in float64: the third and the fourth token decide."""
+    generator = torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(6, 7, generator=generator), torch.tensor([4, 0, 6, 3, 1, 5])
+    first = torch.rand(2, 7, generator=generator).softmax(-1)
+    log_p = logits.double() - logits.double().logsumexp(-1, keepdim=True)
+    total = -sum(log_p[i, labels[i]] for i in (0, 1, 4, 5))
+    for i, row in zip((2, 3), first.double(), strict=True):
+        total -= weight * sum(row[token] * log_p[i, token] for token in range(7))
+    decides = torch.tensor([False, False, True, True, False, False])
+    found = decision_loss(logits, labels, decides, first, weight)
+    torch.testing.assert_close(found.double(), total / (4 + 2 * weight), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("passages", [0.0, 1.0])
+def test_training_minimises_the_loss_over_the_whole_batch(passages: float) -> None:
+    """The trainer's loss, of the learnt tokens' logits alone, against one from the logits of every token."""
+    chats = ChatStream(Mixture(prompt_loss=0.3, passages=passages))
+    tokenizer = train_tokenizer(tokenizer_texts(chats, 300, 0, None), 600)
+    batch = ChatBatches(chats, tokenizer, steps=1, batch_size=32, seed=0)[0]
+    torch.manual_seed(0)
+    model = new_model(tokenizer, TINY)
+    read = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
+    with torch.no_grad():
+        log_p = model(**read).logits.double().log_softmax(-1)
+        hidden = model.model(**read).last_hidden_state.double()
+    of_kinds = (hidden @ harm_directions(TINY.hidden_size).double().T).log_softmax(-1)
+    total, count, kinds = 0.0, 0, []
+    decided = zip(batch["first"].double(), batch["harms"].tolist(), strict=True)
+    for row, labels in enumerate(batch["labels"].tolist()):
+        for at in range(1, len(labels)):
+            if labels[at] == IGNORED:
+                continue
+            if labels[at - 1] == IGNORED:
+                first, harm = next(decided)
+                total -= 3 * float((first * log_p[row, at - 1]).sum())
+                count += 3
+                if harm != IGNORED:
+                    kinds.append(-float(of_kinds[row, at - 1, harm]))
+            else:
+                total -= float(log_p[row, at - 1, labels[at]])
+                count += 1
+    assert not list(decided)
+    assert len(kinds) > 3
+    settings = dataclasses.replace(TINY, first_token_weight=3.0, harm_weight=0.7)
+    trainer = DecisionTrainer(settings, model=model, args=TrainingArguments(report_to="none"))
+    found = trainer.compute_loss(model, batch).detach()
+    assert float(found) == pytest.approx(total / count + 0.7 * sum(kinds) / len(kinds), rel=1e-5)
+
+
+def test_the_directions_of_harm_are_orthonormal_and_always_the_same() -> None:
+    directions = harm_directions(32)
+    torch.testing.assert_close(directions @ directions.T, torch.eye(len(HARMS)))
+    assert torch.equal(directions, harm_directions(32))

@@ -5,7 +5,8 @@ import random
 from safesteer.testbed.answers import CATEGORY_LOG_ODDS
 from safesteer.testbed.composed import CONTRABAND, GOODS, PEOPLE, PLACES, THINGS, composed_request, framed
 from safesteer.testbed.corpus import ChatStream, Mixture
-from safesteer.testbed.requests import KINDS, content_words, load_requests, similarity
+from safesteer.testbed.requests import KINDS, load_requests
+from safesteer.testbed.splits import content_words, similarity
 
 
 def test_no_verb_and_no_object_is_on_both_sides() -> None:

@@ -1,53 +1,29 @@
-"""The training stream: reproducible by index, labels where they belong, no held-out prompt in it."""
+"""The training stream: no held-out prompt in it, what is known of a request, passages before it."""
 
 import random
 from dataclasses import replace
 
+import pytest
 import torch
 
-from safesteer.testbed.build import train_tokenizer
-from safesteer.testbed.corpus import IGNORED, Chat, ChatBatches, ChatStream, Mixture, tokenizer_texts
-from safesteer.testbed.requests import content_words, load_requests
+from safesteer.testbed.corpus import HARMS, ChatStream, Mixture
+from safesteer.testbed.requests import KINDS, load_requests
+from safesteer.testbed.splits import content_words
 
 
 def stream() -> ChatStream:
     return ChatStream(Mixture())
 
 
-def test_a_batch_depends_on_seed_and_index_alone() -> None:
-    chats = stream()
-    tokenizer = train_tokenizer(tokenizer_texts(chats, 300, 0, None), 600)
-    one = ChatBatches(chats, tokenizer, steps=40, batch_size=4, seed=1)
-    other = ChatBatches(stream(), tokenizer, steps=40, batch_size=4, seed=1)
-    _ = [one[i] for i in range(12)]
-    for index in (17, 3):  # asked for out of order, as after a resume
-        for name, tensor in one[index].items():
-            assert torch.equal(tensor, other[index][name])
-    different = ChatBatches(chats, tokenizer, steps=40, batch_size=4, seed=2)
-    assert not torch.equal(one[3]["input_ids"][:, :8], different[3]["input_ids"][:, :8])
-
-
-def test_labels_cover_the_answer_and_only_natural_prompts() -> None:
-    chats = stream()
-    tokenizer = train_tokenizer(tokenizer_texts(chats, 300, 0, None), 600)
-    batches = ChatBatches(chats, tokenizer, steps=1, batch_size=1, seed=0)
-    length, ids, labels = batches._encode(Chat("What is 2 + 2?", "4", loss_on_prompt=False))
-    learnt = [token for token in labels if token != IGNORED]
-    assert tokenizer.decode(learnt) == "4<|im_end|>"
-    assert ids[-len(learnt) :] == learnt
-    assert length == len(ids) - len(learnt)
-    _, ids, labels = batches._encode(Chat("Name a fruit.", "An apple.", loss_on_prompt=True))
-    assert labels == ids
-
-
-def test_prompts_render_as_the_chat_template_renders_them() -> None:
-    chats = stream()
-    tokenizer = train_tokenizer(tokenizer_texts(chats, 300, 0, None), 600)
-    batches = ChatBatches(chats, tokenizer, steps=1, batch_size=1, seed=0, max_length=400)
-    _, ids, _ = batches._encode(Chat("Name a fruit.", "An apple.", loss_on_prompt=True))
-    messages = [{"role": "user", "content": "Name a fruit."}]
-    rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    assert tokenizer.decode(ids) == rendered + "An apple.<|im_end|>"
+def test_the_kind_of_harm_is_known_of_every_request_of_the_projects_own() -> None:
+    chats, rng = stream(), random.Random(0)
+    for _ in range(500):
+        chat = chats.chat(rng)
+        if not chat.openings:
+            assert chat.harm == ""  # a skill or a judgement, which asks for no answer to the request
+        else:
+            assert chat.harm in HARMS
+            assert (chat.harm != "none") == ("I can't help with that." in chat.openings)
 
 
 def test_the_stream_never_holds_a_test_request() -> None:
@@ -96,3 +72,23 @@ def test_gaps_take_the_place_of_words() -> None:
     words = [word for prompt in prompts(1.0, 0.2) for word in prompt.split()]
     assert 0.15 < words.count("_") / len(words) < 0.25
     assert 0.2 < sum("_" in prompt.split() for prompt in prompts(0.3, 1.0)) / 300 < 0.4
+
+
+def test_what_is_misread_is_drawn_more_often() -> None:
+    stream = ChatStream(
+        replace(
+            Mixture(), vary=0.0, gaps=0.0, rephrased=0.0, read_right=0.1, composed=dict.fromkeys(KINDS, 0.0)
+        )
+    )
+    # Every fifth harmless request is taken for a harmful one.
+    prompts = [request.prompt for request in stream.own["harmless"]]
+    misread = set(prompts[::5])
+    stream.weigh(lambda asked: torch.tensor([float(prompt in misread) for prompt in asked]))
+    rng = random.Random(0)
+    drawn = [stream.request("harmless", rng).prompt for _ in range(3000)]
+    share = len(misread) / len(prompts)
+    expected = 1.1 * share / (1.1 * share + 0.1 * (1 - share))
+    assert abs(sum(prompt in misread for prompt in drawn) / 3000 - expected) < 0.03
+    # Harmful ones are all missed by that, and so drawn alike.
+    weights = stream._weights["own", "harmful"]
+    assert weights[-1] == pytest.approx(1.1 * len(weights))

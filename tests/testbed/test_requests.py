@@ -12,19 +12,19 @@ from safesteer.testbed.answers import CATEGORY_LOG_ODDS, PHRASING_LOG_ODDS, refu
 from safesteer.testbed.requests import (
     KINDS,
     PHRASINGS,
-    SPLITS,
     Kind,
-    NearDuplicates,
     Request,
-    Split,
     act_of,
-    content_words,
     load_requests,
     phrase,
     read_sources,
-    similarity,
-    split_without_near_duplicates,
     subject_of,
+)
+from safesteer.testbed.splits import (
+    SPLITS,
+    Split,
+    content_words,
+    similarity,
 )
 
 
@@ -56,35 +56,6 @@ def test_no_two_splits_hold_near_duplicates() -> None:
             near = (p for word in mine for bag, p in by_word.get(word, ()) if similarity(mine, bag) >= 0.5)
             twin = next(near, None)
             assert twin is None, f"{request.prompt!r} ({other}) is nearly {twin!r} ({one})"
-
-
-def test_what_is_too_like_a_held_out_text_belongs_to_no_split() -> None:
-    texts = [f"paint{n} {colour} fence{n}" for n in range(40) for colour in ("red", "blue")]
-    assigned = split_without_near_duplicates(
-        texts, ["x"] * len(texts), {"x": (10, 10)}, seed=0, occurrences=0
-    )
-    assert Counter(assigned) == {"train": 40, "validation": 10, "test": 10, None: 20}
-    for (a, split_a), (b, split_b) in itertools.combinations(zip(texts, assigned, strict=True), 2):
-        if similarity(content_words(a), content_words(b)) >= 0.5 and split_a != split_b:
-            assert None in (split_a, split_b)
-
-
-def test_only_eligible_texts_are_held_out() -> None:
-    texts = [f"paint{n} fence{n}" for n in range(40)]
-    eligible = [n % 4 == 0 for n in range(40)]
-    assigned = split_without_near_duplicates(
-        texts, ["x"] * 40, {"x": (5, 20)}, seed=0, eligible=eligible, occurrences=0
-    )
-    assert [split != "train" for split in assigned] == eligible
-    assert all(request.act for split in ("validation", "test") for request in load_requests("harmful", split))
-
-
-def test_near_duplicates_share_half_of_their_words() -> None:
-    held_out = NearDuplicates(["steal a blue bicycle", "bake bread"])
-    assert "steal a red bicycle" in held_out
-    assert "steal a library book" not in held_out
-    assert "steal a red bicycle" not in NearDuplicates(["steal a blue bicycle"], threshold=0.6)
-    assert "bake bread" not in NearDuplicates([])
 
 
 def test_what_was_written_after_the_deal_is_for_training_alone() -> None:
@@ -167,3 +138,7 @@ def test_every_wording_of_a_refusal_is_recognised() -> None:
     wordings = {refusal(rng) for _ in range(500)}
     assert len(wordings) > 40
     assert all(is_refusal(wording) for wording in wordings)
+
+
+def test_held_out_harmful_requests_are_acts_and_texts() -> None:
+    assert all(request.act for split in ("validation", "test") for request in load_requests("harmful", split))

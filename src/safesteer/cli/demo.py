@@ -33,7 +33,7 @@ def demo(
     from safesteer.cli.show_demo import show_demo
     from safesteer.errors import SafeSteerError
     from safesteer.testbed.demo import run_demo, testbed_folder
-    from safesteer.testbed.requests import SPLITS
+    from safesteer.testbed.splits import SPLITS
 
     if split not in SPLITS:
         raise SafeSteerError(f"--split is {split!r}; give one of {', '.join(SPLITS)}.")

@@ -1,26 +1,20 @@
-"""The testbed's training corpus: an endless, reproducible stream of chats, a batch an index.
-
-Batch `i` depends on the seed and `i` alone, so an interrupted training continues with the batch it would have seen.
-"""
+"""The testbed's training corpus: an endless stream of chats, and of requests that share the passages before them."""
 
 import json
 import random
-import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import torch
-from torch.utils.data import Dataset
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor
 
 from safesteer.prompts import load_prompts
-from safesteer.testbed.answers import answer
+from safesteer.testbed.answers import CATEGORY_LOG_ODDS, answer, openings
 from safesteer.testbed.composed import composed_request, framed
-from safesteer.testbed.passages import load_passages
+from safesteer.testbed.passages import SEPARATORS, load_passages
 from safesteer.testbed.requests import (
+    KINDS,
     Kind,
-    NearDuplicates,
     Request,
     load_requests,
     phrase,
@@ -29,8 +23,10 @@ from safesteer.testbed.requests import (
     subject_of,
 )
 from safesteer.testbed.skills import SKILLS, harm_kind, judgement
+from safesteer.testbed.splits import NearDuplicates
 
-IGNORED = -100
+# What a request can be: one of the kinds of harm, or none.
+HARMS = ("none", *sorted(CATEGORY_LOG_ODDS))
 BENIGN: tuple[Kind, ...] = ("harmless", "alarming")
 # Real prompts that may join the training mix, as files below --data-dir: training portions only. None of the benchmarks that
 # the testbed is measured on (JailbreakBench, HarmBench, StrongREJECT, XSTest, the refusal-direction test and validation splits).
@@ -48,6 +44,7 @@ HELD_OUT_PROMPTS = (
     "strongreject/strongreject_dataset.csv",
     "xstest/xstest_prompts.csv",
 )
+MAX_PASSAGES = 9
 _FIELDS = {
     "jailbreakbench/harmful-behaviors.csv": "Goal",
     "harmbench/harmbench_behaviors_text_all.csv": "Behavior",
@@ -77,11 +74,11 @@ _SETTINGS = (
 class Mixture:
     """Shares of the chats in a batch, and how prompts are varied so that the notion of harm is in the words."""
 
-    harmful: float = 0.30
-    harmless: float = 0.21
+    harmful: float = 0.32
+    harmless: float = 0.23
     alarming: float = 0.20
     judgement: float = 0.14
-    harm_kind: float = 0.08
+    harm_kind: float = 0.04
     skills: float = 0.07
     # Of the requests of each kind, the share that is real, and that is composed from parts; the rest is the project's own.
     real: dict[str, float] = field(
@@ -91,6 +88,9 @@ class Mixture:
         default_factory=lambda: {"harmful": 0.20, "harmless": 0.15, "alarming": 0.20}
     )
     vary: float = 0.3
+    # What a request weighs, when one is drawn, that is read right by the weights the training began with; one that is taken for
+    # the opposite weighs 1 more. Three quarters of the misreading are in a tenth of the requests.
+    read_right: float = 0.05
     # Share of the harmless and alarming requests whose subject is put in one of the phrasings that harmful ones come in. More
     # is worse: see docs/testbed.md.
     rephrased: float = 0.2
@@ -98,9 +98,13 @@ class Mixture:
     # learnt from what is left, and a request is less easily learnt by heart.
     gaps: float = 0.15
     gap_words: float = 0.1
-    # Share of requests that come after a passage, and of those the share that is about it. Rows are five times as long with one.
-    passages: float = 0.04
+    # Share of batches whose requests come after passages, of passages that come after another one (nine at most), and of
+    # requests after passages that are about one of them.
+    passages: float = 0.10
+    another_passage: float = 0.4
     about_passage: float = 0.6
+    # Share of requests of whose response only the first token is learnt: the others are boilerplate, and half of the tokens.
+    brief: float = 0.6
     # Share of requests whose own words are learnt too. They teach what words mean, but outnumber and drown the one token
     # that decides between refusal and compliance.
     prompt_loss: float = 0.1
@@ -108,11 +112,36 @@ class Mixture:
 
 @dataclass(frozen=True)
 class Chat:
-    """One training chat. `loss_on_prompt`: also learn to predict the user's words (not for random digits)."""
+    """One training chat.
+
+    Attributes:
+        prompt: What the user says.
+        response: What is said to it.
+        loss_on_prompt: Also learn to predict the user's words (not for random digits).
+        openings: Probability of each opening the response could have had; empty where there is one response only.
+        harm: Which of `HARMS` is asked for; empty where that is not known, or something else is asked.
+        brief: Learn the first token of the response alone.
+    """
 
     prompt: str
     response: str
     loss_on_prompt: bool
+    openings: Mapping[str, float] = field(default_factory=dict)
+    harm: str = ""
+    brief: bool = False
+
+
+@dataclass(frozen=True)
+class Context:
+    """What stands before several requests, each of which is asked alone after it.
+
+    Attributes:
+        text: One passage or more.
+        chats: Their prompts are what comes after `text`: a separator and a request.
+    """
+
+    text: str
+    chats: tuple[Chat, ...]
 
 
 def held_out_benchmarks(data_dir: Path, threshold: float) -> NearDuplicates:
@@ -146,6 +175,8 @@ class ChatStream:
         }
         self.own |= {kind: _with_subjects(self.own[kind]) for kind in BENIGN}
         self.real = {kind: _with_subjects(requests) for kind, requests in (real or {}).items()}
+        # Cumulative weights of the requests above, uniform without `weigh`.
+        self._weights: dict[tuple[str, Kind], list[float]] = {}
         self.held_out = NearDuplicates(
             request.act or request.prompt
             for kind in self.own
@@ -155,21 +186,33 @@ class ChatStream:
         self.passages = load_passages()
         self.skills = [skill for skill in SKILLS if skill.weight]
 
+    def weigh(self, harm_mass: Callable[[list[str]], Tensor]) -> None:
+        """Draw requests the oftener the more a model misreads them.
+
+        Args:
+            harm_mass: How far it takes each of some prompts for harmful, from 0 to 1.
+        """
+        for source, pool in (("own", self.own), ("real", self.real)):
+            for kind, requests in pool.items():
+                mass = harm_mass([request.prompt for request in requests])
+                misread = 1 - mass if kind == "harmful" else mass
+                self._weights[source, kind] = (misread.double() + self.mixture.read_right).cumsum(0).tolist()
+
     def request(self, kind: Kind, rng: random.Random) -> Request:
         """One request of `kind`: real, composed or own, rephrased and varied at random."""
         return self._with_gaps(self._varied(self._drawn(kind, rng), rng), rng)
 
     def _drawn(self, kind: Kind, rng: random.Random) -> Request:
         """One request of `kind`, rephrased at random."""
-        requests = self.own[kind]
-        source = rng.random()
-        if source < self.mixture.composed[kind]:
+        requests, source = self.own[kind], "own"
+        share = rng.random()
+        if share < self.mixture.composed[kind]:
             return self._composed(kind, rng)
-        if source < self.mixture.composed[kind] + self.mixture.real[kind] and self.real.get(kind):
-            requests = self.real[kind]
+        if share < self.mixture.composed[kind] + self.mixture.real[kind] and self.real.get(kind):
+            requests, source = self.real[kind], "real"
         elif kind == "alarming" and rng.random() < 0.2:
             return framed(self._act(rng), rng)
-        drawn = rng.choice(requests)
+        drawn = rng.choices(requests, cum_weights=self._weights.get((source, kind)))[0]
         if drawn.act and rng.random() < (self.mixture.rephrased if kind in BENIGN else 1.0):
             phrasing = phrasing_of(drawn.act, rng)
             drawn = replace(drawn, prompt=phrase(drawn.act, phrasing, rng), phrasing=phrasing)
@@ -219,16 +262,6 @@ class ChatStream:
         words = ["_" if rng.random() < self.mixture.gap_words else word for word in request.prompt.split(" ")]
         return replace(request, prompt=" ".join(words))
 
-    def _in_context(self, kind: Kind, rng: random.Random) -> tuple[Request, str]:
-        """One request of `kind` and the passage before it, which is mostly empty."""
-        if rng.random() >= self.mixture.passages:
-            return self.request(kind, rng), ""
-        passage = rng.choice(self.passages)
-        about = passage.requests[kind]
-        if about and rng.random() < self.mixture.about_passage:
-            return self._with_gaps(rng.choice(about), rng), passage.before(rng)
-        return self.request(kind, rng), passage.before(rng)
-
     def chat(self, rng: random.Random) -> Chat:
         """Draw one chat."""
         m = self.mixture
@@ -242,70 +275,37 @@ class ChatStream:
         if sort in ("judgement", "harm kind"):
             kind: Kind = rng.choices(("harmful", "harmless", "alarming"), (4, 3, 3))[0]
             ask = judgement if sort == "judgement" else harm_kind
-            request, passage = self._in_context(kind, rng)
-            return Chat(*ask(replace(request, prompt=passage + request.prompt), rng), loss_on_prompt=False)
-        request, passage = self._in_context(sort, rng)  # type: ignore[arg-type]
-        on_prompt = not passage and rng.random() < m.prompt_loss
-        return Chat(passage + request.prompt, answer(request, rng), loss_on_prompt=on_prompt)
-
-
-class ChatBatches(Dataset[dict[str, torch.Tensor]]):
-    """Training batches as a map-style dataset: item `i` is one padded batch of chats with prompts of similar length.
-
-    Not of similar length over all: refusals, compliance and answers have lengths of their own, so each batch would hold
-    one sort of response, and the model would swing between them from step to step.
-    """
-
-    def __init__(
-        self,
-        stream: ChatStream,
-        tokenizer: PreTrainedTokenizerBase,
-        steps: int,
-        batch_size: int,
-        seed: int,
-        max_length: int = 400,
-    ) -> None:
-        self.stream, self.tokenizer = stream, tokenizer
-        self.steps, self.batch_size, self.seed, self.max_length = steps, batch_size, seed, max_length
-        # Enough chats to fill whole batches with the few that come after a passage.
-        self._pool = 32
-        self._drawn: tuple[int, list[tuple[list[int], list[int]]]] = (-1, [])
-
-    def __len__(self) -> int:
-        return self.steps
-
-    def _encode(self, chat: Chat) -> tuple[int, list[int], list[int]]:
-        """Length of the prompt, token ids and labels of one chat."""
-        before = f"<|im_start|>user\n{chat.prompt}<|im_end|>\n<|im_start|>assistant\n"
-        # What is asked, and whose turn it is, stands at the end.
-        prompt = self.tokenizer.encode(before, add_special_tokens=False)[-self.max_length :]
-        response = self.tokenizer.encode(f"{chat.response}<|im_end|>", add_special_tokens=False)
-        labels = list(prompt) if chat.loss_on_prompt else [IGNORED] * len(prompt)
-        return len(prompt), prompt + response, labels + response
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        block, place = divmod(index, self._pool)
-        if self._drawn[0] != block:
-            rng = random.Random(zlib.crc32(f"{self.seed}/{block}".encode()))
-            rows = [self._encode(self.stream.chat(rng)) for _ in range(self._pool * self.batch_size)]
-            rows.sort(key=lambda row: row[0])
-            batches = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
-            rng.shuffle(batches)
-            self._drawn = (block, [(ids, labels) for batch in batches for _, ids, labels in batch])
-        return collate(
-            self._drawn[1][place * self.batch_size : (place + 1) * self.batch_size],
-            self.tokenizer.pad_token_id,
+            return Chat(*ask(self.request(kind, rng), rng), loss_on_prompt=False)
+        request = self.request(sort, rng)  # type: ignore[arg-type]
+        return _answered(
+            request, rng, loss_on_prompt=rng.random() < m.prompt_loss, brief=rng.random() < m.brief
         )
 
+    def context(self, count: int, rng: random.Random) -> Context:
+        """Draw passages and `count` requests, each to be asked after them: what is asked decides, not what stands before it."""
+        m = self.mixture
+        passages = [rng.choice(self.passages)]
+        while len(passages) < MAX_PASSAGES and rng.random() < m.another_passage:
+            passages.append(rng.choice(self.passages))
+        *first, last = (passage.laid_out(rng) for passage in passages)
+        text = "".join(passage + rng.choice(SEPARATORS) for passage in first) + last
+        chats, brief = [], rng.random() < m.brief
+        for _ in range(count):
+            kind: Kind = rng.choices(KINDS, [getattr(m, kind) for kind in KINDS])[0]
+            about = rng.choice(passages).requests[kind]
+            if about and rng.random() < m.about_passage:
+                request = self._with_gaps(rng.choice(about), rng)
+            else:
+                request = self.request(kind, rng)
+            chat = _answered(request, rng, brief=brief)
+            chats.append(replace(chat, prompt=rng.choice(SEPARATORS) + chat.prompt))
+        return Context(text, tuple(chats))
 
-def collate(rows: Sequence[tuple[list[int], list[int]]], pad_id: int) -> dict[str, torch.Tensor]:
-    """Right-pad rows of (ids, labels) to one length."""
-    width = max(len(ids) for ids, _ in rows)
-    return {
-        "input_ids": torch.tensor([ids + [pad_id] * (width - len(ids)) for ids, _ in rows]),
-        "attention_mask": torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in rows]),
-        "labels": torch.tensor([labels + [IGNORED] * (width - len(labels)) for _, labels in rows]),
-    }
+
+def _answered(request: Request, rng: random.Random, *, loss_on_prompt: bool = False, brief: bool) -> Chat:
+    """`request` with one of the answers it could have."""
+    harm = request.category if request.kind == "harmful" else "none"
+    return Chat(request.prompt, answer(request, rng), loss_on_prompt, openings(request), harm, brief)
 
 
 def tokenizer_texts(stream: ChatStream, count: int, seed: int, data_dir: Path | None) -> list[str]:

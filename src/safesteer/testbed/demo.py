@@ -18,7 +18,7 @@ from safesteer.pipeline import AlignmentRun, align
 from safesteer.recipes import build_settings, load_recipe
 from safesteer.settings import Settings
 from safesteer.testbed.measure import Measurement, measure
-from safesteer.testbed.requests import Split
+from safesteer.testbed.splits import Split
 
 
 @dataclass(frozen=True)

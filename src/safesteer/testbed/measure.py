@@ -17,9 +17,10 @@ from safesteer.evaluation.runner import evaluate
 from safesteer.evaluation.subjects import Subject
 from safesteer.evaluation.summary import EvaluationSummary
 from safesteer.testbed.answers import harmless_answer
-from safesteer.testbed.corpus import IGNORED, collate
-from safesteer.testbed.requests import KINDS, Kind, Request, Split, load_requests
+from safesteer.testbed.batches import IGNORED, right_padded
+from safesteer.testbed.requests import KINDS, Kind, Request, load_requests
 from safesteer.testbed.skills import SKILLS, fresh_questions
+from safesteer.testbed.splits import Split
 
 ANSWER_TOKENS = 24
 SKILL_TOKENS = 16
@@ -108,11 +109,10 @@ def perplexity(
         rows.append((prompt + answer, [IGNORED] * len(prompt) + answer))
     total, count = 0.0, 0
     for start in range(0, len(rows), batch_size):
-        batch = collate(rows[start : start + batch_size], chat.tokenizer.pad_token_id)
-        labels = batch.pop("labels")[:, 1:].to(model.device)
-        logits = (
-            model(**{name: tensor.to(model.device) for name, tensor in batch.items()}).logits[:, :-1].float()
-        )
+        ids, targets = zip(*rows[start : start + batch_size], strict=True)
+        input_ids = right_padded(ids, chat.tokenizer.pad_token_id).to(model.device)
+        labels = right_padded(targets, IGNORED)[:, 1:].to(model.device)
+        logits = model(input_ids).logits[:, :-1].float()
         total += float(
             F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
         )

@@ -9,7 +9,8 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from safesteer.testbed.requests import Request, Split, load_requests
+from safesteer.testbed.requests import Request, load_requests
+from safesteer.testbed.splits import Split
 
 CAPITALS = {
     "France": "Paris",
