@@ -220,6 +220,19 @@ def test_tokens_of_another_direction_are_told(run: Path, inputs: Path) -> None:
     assert "safety_tokens.json: found with another direction than direction.json" in printed.getvalue()
 
 
+def test_safety_tokens_that_the_teacher_does_not_say_are_told_once(run: Path, inputs: Path) -> None:
+    shutil.rmtree(run / "model")
+    settings, printed = run_settings(inputs, run), io.StringIO()
+    console = RunConsole(console=Console(file=printed, soft_wrap=True))
+    run_distillation(settings, console)
+    assert "next to nothing to learn" not in printed.getvalue()
+    tokens = SafetyTokens.load(run)
+    never_said = dataclasses.replace(tokens.tokens[0], id=token_id(" house"))
+    dataclasses.replace(tokens, tokens=(never_said,), fingerprint="").save(run)
+    run_distillation(settings, console)
+    assert printed.getvalue().count("next to nothing to learn") == 1
+
+
 def test_a_damaged_checkpoint_is_not_continued_from(run: Path, inputs: Path) -> None:
     shutil.rmtree(run / "model")
     last = run / "checkpoints" / "checkpoint-4"

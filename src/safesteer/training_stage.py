@@ -5,7 +5,7 @@ import math
 import shutil
 import time
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,9 @@ RECORD_FILE = "safesteer.json"
 
 # What the trainer writes into a checkpoint last, so that a checkpoint without it was interrupted.
 _LAST_FILE = "trainer_state.json"
+
+# A teacher that is so unlikely to say a safety token, where the loss counts, teaches nothing.
+_LITTLE_MASS = 0.01
 
 
 @dataclass(frozen=True)
@@ -186,7 +189,7 @@ def _trained(
             probe_sets(work),
             layer_path=work.settings.model.layer_path,
             refresh=_refresh(work) if settings.refresh_steps else None,
-            callbacks=[_Progress(progress)],
+            callbacks=[_Progress(progress), _TeacherSays(work.console.note)],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -330,6 +333,34 @@ class _Progress(TrainerCallback):  # type: ignore[misc, unused-ignore]
     ) -> None:
         if logs and "loss" in logs:
             self.loss = f": loss {float(logs['loss']):.4g}"
+
+
+class _TeacherSays(TrainerCallback):  # type: ignore[misc, unused-ignore]
+    """Says so after the first step if the teacher has next to no probability on `S`."""
+
+    def __init__(self, note: Callable[[str], None]) -> None:
+        self.note = note
+        self.looked = False
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        mass = (logs or {}).get("teacher_mass")
+        if mass is None or self.looked:
+            return
+        self.looked = True
+        if mass < _LITTLE_MASS:
+            self.note(
+                f"the teacher gives the safety tokens a probability of {mass:.1g} where the loss counts, so there is next to "
+                "nothing to learn from it: see which they are (safety_tokens.json), find more (safety_tokens.size), or find "
+                "and count them at the same tokens of a response (safety_tokens.horizon, distillation.first_tokens and "
+                "skip_tokens)."
+            )
 
 
 def _told(aligned: AlignedModel) -> str:

@@ -3,11 +3,8 @@
 import random
 from dataclasses import replace
 
-import pytest
-import torch
-
 from safesteer.testbed.corpus import HARMS, ChatStream, Mixture
-from safesteer.testbed.requests import KINDS, load_requests
+from safesteer.testbed.requests import load_requests
 from safesteer.testbed.splits import content_words
 
 
@@ -72,23 +69,3 @@ def test_gaps_take_the_place_of_words() -> None:
     words = [word for prompt in prompts(1.0, 0.2) for word in prompt.split()]
     assert 0.15 < words.count("_") / len(words) < 0.25
     assert 0.2 < sum("_" in prompt.split() for prompt in prompts(0.3, 1.0)) / 300 < 0.4
-
-
-def test_what_is_misread_is_drawn_more_often() -> None:
-    stream = ChatStream(
-        replace(
-            Mixture(), vary=0.0, gaps=0.0, rephrased=0.0, read_right=0.1, composed=dict.fromkeys(KINDS, 0.0)
-        )
-    )
-    # Every fifth harmless request is taken for a harmful one.
-    prompts = [request.prompt for request in stream.own["harmless"]]
-    misread = set(prompts[::5])
-    stream.weigh(lambda asked: torch.tensor([float(prompt in misread) for prompt in asked]))
-    rng = random.Random(0)
-    drawn = [stream.request("harmless", rng).prompt for _ in range(3000)]
-    share = len(misread) / len(prompts)
-    expected = 1.1 * share / (1.1 * share + 0.1 * (1 - share))
-    assert abs(sum(prompt in misread for prompt in drawn) / 3000 - expected) < 0.03
-    # Harmful ones are all missed by that, and so drawn alike.
-    weights = stream._weights["own", "harmful"]
-    assert weights[-1] == pytest.approx(1.1 * len(weights))

@@ -4,7 +4,6 @@ import copy
 import json
 from collections import Counter
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,9 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM,
 from transformers.trainer_utils import get_last_checkpoint
 
 from safesteer.artifacts import new_directory
-from safesteer.chat import Chat
 from safesteer.testbed.batches import IGNORED, ChatBatches
 from safesteer.testbed.corpus import HARMS, ChatStream, Mixture, real_requests, tokenizer_texts
 from safesteer.testbed.muon import Muon
-from safesteer.testbed.perception import harm_mass
 
 CHAT_TEMPLATE = (
     "{%- for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
@@ -35,7 +32,7 @@ _WORDS = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+"
 class BuildSettings:
     """The recipe of the committed weights."""
 
-    steps: int = 5_600
+    steps: int = 4_800
     batch_size: int = 32
     learning_rate: float = 1e-3
     warmup_steps: int = 50
@@ -48,10 +45,10 @@ class BuildSettings:
     harm_weight: float = 0.1
     vocabulary: int = 3_072
     hidden_size: int = 160
-    intermediate_size: int = 1_280
+    intermediate_size: int = 2_048
     layers: int = 6
     heads: int = 5
-    seed: int = 34
+    seed: int = 35
     mixture: Mixture = field(default_factory=Mixture)
 
 
@@ -231,7 +228,6 @@ def build(
         if settings.intermediate_size > model.config.intermediate_size:
             torch.manual_seed(settings.seed)
             model = widened(model, settings.intermediate_size)
-        stream.weigh(partial(harm_mass, model.eval(), Chat(tokenizer)))
     # The fused kernel is the fastest where rows need no mask, and with it long ones fit in memory.
     model.set_attn_implementation("sdpa")
     if compiled:

@@ -2,11 +2,9 @@
 
 import json
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-
-from torch import Tensor
 
 from safesteer.prompts import load_prompts
 from safesteer.testbed.answers import CATEGORY_LOG_ODDS, answer, openings
@@ -88,9 +86,6 @@ class Mixture:
         default_factory=lambda: {"harmful": 0.20, "harmless": 0.15, "alarming": 0.20}
     )
     vary: float = 0.3
-    # What a request weighs, when one is drawn, that is read right by the weights the training began with; one that is taken for
-    # the opposite weighs 1 more. Three quarters of the misreading are in a tenth of the requests.
-    read_right: float = 0.05
     # Share of the harmless and alarming requests whose subject is put in one of the phrasings that harmful ones come in. More
     # is worse: see docs/testbed.md.
     rephrased: float = 0.2
@@ -175,8 +170,6 @@ class ChatStream:
         }
         self.own |= {kind: _with_subjects(self.own[kind]) for kind in BENIGN}
         self.real = {kind: _with_subjects(requests) for kind, requests in (real or {}).items()}
-        # Cumulative weights of the requests above, uniform without `weigh`.
-        self._weights: dict[tuple[str, Kind], list[float]] = {}
         self.held_out = NearDuplicates(
             request.act or request.prompt
             for kind in self.own
@@ -186,33 +179,21 @@ class ChatStream:
         self.passages = load_passages()
         self.skills = [skill for skill in SKILLS if skill.weight]
 
-    def weigh(self, harm_mass: Callable[[list[str]], Tensor]) -> None:
-        """Draw requests the oftener the more a model misreads them.
-
-        Args:
-            harm_mass: How far it takes each of some prompts for harmful, from 0 to 1.
-        """
-        for source, pool in (("own", self.own), ("real", self.real)):
-            for kind, requests in pool.items():
-                mass = harm_mass([request.prompt for request in requests])
-                misread = 1 - mass if kind == "harmful" else mass
-                self._weights[source, kind] = (misread.double() + self.mixture.read_right).cumsum(0).tolist()
-
     def request(self, kind: Kind, rng: random.Random) -> Request:
         """One request of `kind`: real, composed or own, rephrased and varied at random."""
         return self._with_gaps(self._varied(self._drawn(kind, rng), rng), rng)
 
     def _drawn(self, kind: Kind, rng: random.Random) -> Request:
         """One request of `kind`, rephrased at random."""
-        requests, source = self.own[kind], "own"
+        requests = self.own[kind]
         share = rng.random()
         if share < self.mixture.composed[kind]:
             return self._composed(kind, rng)
         if share < self.mixture.composed[kind] + self.mixture.real[kind] and self.real.get(kind):
-            requests, source = self.real[kind], "real"
+            requests = self.real[kind]
         elif kind == "alarming" and rng.random() < 0.2:
             return framed(self._act(rng), rng)
-        drawn = rng.choices(requests, cum_weights=self._weights.get((source, kind)))[0]
+        drawn = rng.choice(requests)
         if drawn.act and rng.random() < (self.mixture.rephrased if kind in BENIGN else 1.0):
             phrasing = phrasing_of(drawn.act, rng)
             drawn = replace(drawn, prompt=phrase(drawn.act, phrasing, rng), phrasing=phrasing)
