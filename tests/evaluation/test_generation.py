@@ -143,7 +143,7 @@ def test_thinking_is_stripped(response: str, opened: bool, answer: str) -> None:
 
 def test_prompts_without_room_for_an_answer_are_left_out(subject: Subject) -> None:
     context = subject.model.config.max_position_embeddings
-    prompts = [EvaluationPrompt("0", "Hi", "harmless"), EvaluationPrompt("1", "word " * 2000, "harmless")]
+    prompts = [EvaluationPrompt("0", "Hi", "harmless"), EvaluationPrompt("1", "word " * context, "harmless")]
     assert that_fit(subject, prompts, 16) == (prompts[0],)
     with pytest.raises(SafeSteerError, match="smaller --max-new-tokens"):
         that_fit(subject, prompts, context)
