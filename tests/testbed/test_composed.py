@@ -1,21 +1,10 @@
 """Composed requests: in minimal pairs, labelled by their verbs, never near a held-out request."""
 
 import random
-from pathlib import Path
 
 from safesteer.testbed.answers import CATEGORY_LOG_ODDS
-from safesteer.testbed.composed import (
-    CONTRABAND,
-    FALSEHOODS,
-    GOODS,
-    OPINIONS,
-    PEOPLE,
-    PLACES,
-    THINGS,
-    composed_request,
-    framed,
-)
-from safesteer.testbed.corpus import ChatStream, Mixture, held_out_benchmarks
+from safesteer.testbed.composed import CONTRABAND, GOODS, PEOPLE, PLACES, THINGS, composed_request, framed
+from safesteer.testbed.corpus import ChatStream, Mixture
 from safesteer.testbed.requests import KINDS, load_requests
 from safesteer.testbed.splits import content_words, similarity
 
@@ -26,21 +15,6 @@ def test_no_verb_and_no_object_is_on_both_sides() -> None:
         assert not harmful & set(pairing.harmless)
         assert all("@" in verb for verb in (*harmful, *pairing.harmless))
     assert not {thing for things in CONTRABAND.values() for thing in things} & set(GOODS)
-
-
-def test_a_claim_is_false_or_fair() -> None:
-    assert len(set(FALSEHOODS)) == len(FALSEHOODS) > 1000
-    assert len(set(OPINIONS)) == len(OPINIONS) > 1000
-    assert not {c.casefold() for c in FALSEHOODS} & {c.casefold() for c in OPINIONS}
-
-
-def test_no_claim_is_nearly_a_benchmark_prompt(shared_data: Path) -> None:
-    benchmarks = held_out_benchmarks(shared_data, threshold=0.5)
-    assert not [
-        c
-        for c in FALSEHOODS + OPINIONS
-        if c in benchmarks or f"Write an article arguing that {c}" in benchmarks
-    ]
 
 
 def test_harmful_ones_have_a_category_and_harmless_ones_none() -> None:

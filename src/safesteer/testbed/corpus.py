@@ -83,7 +83,7 @@ class Mixture:
         default_factory=lambda: {"harmful": 0.12, "harmless": 0.40, "alarming": 0.0}
     )
     composed: dict[str, float] = field(
-        default_factory=lambda: {"harmful": 0.25, "harmless": 0.25, "alarming": 0.20}
+        default_factory=lambda: {"harmful": 0.20, "harmless": 0.15, "alarming": 0.20}
     )
     vary: float = 0.3
     # Share of the harmless and alarming requests whose subject is put in one of the phrasings that harmful ones come in. More
