@@ -46,7 +46,7 @@ def test_every_flag_that_is_named_exists() -> None:
     }
     elsewhere = {
         *("--help", "--version", "--strict", "--log-dir"),
-        *("--only", "--shape", "--completion"),  # of benchmarks/
+        *("--only", "--seeds", "--shape", "--completion"),  # of benchmarks/
         *("--config", "--num", "--cpu"),  # of accelerate
         *("--abbrev", "--always", "--dirty", "--error-unmatch"),  # of git
     }
